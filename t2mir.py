@@ -1,0 +1,931 @@
+"""T2MIR: token- and task-wise mixture of experts for in-context reinforcement learning, in one file.
+
+    python t2mir.py --env point_robot --mode dpt
+
+The paper: Wu et al., "Mixture-of-Experts Meets In-Context Reinforcement Learning", NeurIPS 2025, arXiv 2506.05426.
+The numbers (1) to (6) below are the README's; each stands where its equation is computed. To be read from top to bottom:
+config, attention, experts and routers, losses, block and model, data, evaluation, training, figures, main.
+
+What this model does that a plain causal transformer does not:
+- three tokens a step (state, action, reward), each kind with its own embedding, and a time step within the episode;
+- in the blocks named by `moe_layers` the feed-forward layer is two mixtures of experts side by side: the token-wise one
+  routes each token, the task-wise one routes by the mean of all tokens seen so far, so by what the task looks like;
+- the task router is trained as a task encoder: InfoNCE pulls sequences of one task together (a momentum copy is the key);
+- DPT has queries: states at the end of the sequence that see a prefix of the prompt and themselves, never one another.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from collect import BadInput, collect, flag, load, parse_flags, write_atomically
+from envs import ENVS, make_vec
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Config
+
+
+@dataclass
+class Config:
+    """Everything that a run depends on; each field is a flag. PRESETS holds what differs by environment and mode."""
+
+    # what to train
+    env: str = flag("point_robot", f"task family: {', '.join(ENVS)}")
+    mode: str = flag("dpt", "ad (Algorithm Distillation) or dpt (Decision-Pretrained Transformer)")
+    # model
+    d_model: int = flag(128, "width of the token embeddings")
+    n_layers: int = flag(3, "transformer blocks")
+    n_heads: int = flag(8, "attention heads")
+    dropout: float = flag(0.05, "dropout of the embeddings and of each sublayer's output")
+    # mixture of experts
+    moe_layers: str = flag("last", "blocks with a T2MIR layer: last, all, or indices such as 0,2")
+    token_experts: int = flag(6, "experts of the token-wise MoE (the paper's K1)")
+    task_experts: int = flag(8, "experts of the task-wise MoE (the paper's K2)")
+    top_k: int = flag(2, "experts that a token is sent to, in each MoE")
+    w_imp: float = flag(0.01, "weight of the importance term in the balance loss")
+    w_load: float = flag(0.01, "weight of the load term in the balance loss")
+    w_con: float = flag(0.01, "weight of the InfoNCE loss")
+    momentum: float = flag(0.005, "the key router moves this fraction towards the task router in each step")
+    no_token_moe: bool = flag(False, "ablation: no token-wise MoE, the task-wise one takes its width")
+    no_task_moe: bool = flag(False, "ablation: no task-wise MoE; with --no_token_moe plain AD or DPT")
+    no_balance: bool = flag(False, "ablation: no balance loss")
+    no_contrastive: bool = flag(False, "ablation: no InfoNCE loss")
+    # context
+    context: int = flag(4, "AD: episodes in a context")
+    history: str = flag("sorted", "AD: order of a context's episodes: sorted (by return) or chronological")
+    queries: int = flag(40, "DPT: query states trained on each prompt")
+    # optimisation
+    steps: int = flag(2_000, "training steps")
+    batch: int = flag(32, "sequences in a batch: two from each of batch / 2 tasks")
+    lr: float = flag(1e-3, "AdamW's peak learning rate")
+    warmup: int = flag(100, "steps of linear warm-up; a cosine to zero follows")
+    weight_decay: float = flag(1e-4, "AdamW's weight decay")
+    clip: float = flag(1.0, "largest norm of the gradient")
+    # evaluation
+    eval_every: int = flag(500, "training steps between evaluations on the test tasks; a checkpoint goes with each")
+    eval_episodes: int = flag(10, "episodes that a test task is acted in, in one context")
+    # system
+    seed: int = flag(0, "random seed of training (the data has its own)")
+    device: str = flag("cpu", "cpu, cuda or mps")
+    dtype: str = flag("float32", "float32, or bfloat16 for autocast (routers stay in float32)")
+    data: str = flag("data", "folder of the datasets")
+    runs: str = flag("runs", "folder of the runs")
+    name: str = flag("", "the run's folder in --runs; by default made from env, mode, variant and seed")
+
+    @property
+    def variant(self):
+        """What stands in the table's first column: T2MIR-DPT, DPT, T2MIR-AD (no_balance), ..."""
+        if self.no_token_moe and self.no_task_moe:
+            return self.mode.upper()
+        off = [f.name for f in dataclasses.fields(self) if f.type is bool and getattr(self, f.name)]
+        off += [f"moe_layers={self.moe_layers}"] * (self.moe_layers != Config.moe_layers)
+        return f"T2MIR-{self.mode.upper()}" + f" ({', '.join(off)})" * bool(off)
+
+    @property
+    def moe_blocks(self):
+        """Indices of the blocks that `moe_layers` names."""
+        if self.moe_layers in ("last", "all"):
+            return range(self.n_layers - 1 if self.moe_layers == "last" else 0, self.n_layers)
+        return [int(i) for i in self.moe_layers.split(",")]
+
+
+# The paper's sizes where they differ from Config's defaults. Steps are a laptop's; the paper trains for 100,000.
+PRESETS = {
+    ("point_robot", "dpt"): {},
+    ("point_robot", "ad"): dict(w_imp=0.1, w_load=0.1),
+    ("cheetah_vel", "dpt"): dict(n_layers=4, n_heads=4),
+    ("cheetah_vel", "ad"): dict(d_model=256, batch=24, w_imp=0.1, w_load=0.1),
+    ("walker_param", "dpt"): dict(n_layers=4, n_heads=4),
+    ("walker_param", "ad"): dict(d_model=256, batch=24, w_imp=0.1, w_load=0.1),
+}
+
+
+def make_config(env="point_robot", mode="dpt", **given):
+    """The preset of `env` and `mode` with `given` fields on top; raises BadInput where a field makes no sense."""
+    for field, value, choices in (("env", env, tuple(ENVS)), ("mode", mode, ("ad", "dpt"))):
+        if value not in choices:
+            raise BadInput(f"unknown --{field} {value!r}: choose one of {', '.join(choices)}")
+    c = Config(**{"env": env, "mode": mode, **PRESETS[env, mode], **given})
+    for f in dataclasses.fields(c):
+        lowest = 1 if f.type is int and f.name not in ("seed", "warmup") else 0
+        if f.type in (int, float) and not getattr(c, f.name) >= lowest:
+            raise BadInput(f"--{f.name} {getattr(c, f.name)} is too small: the least is {lowest}")
+    choices = {"history": ("sorted", "chronological"), "dtype": ("float32", "bfloat16")}
+    for field, allowed in choices.items():
+        if getattr(c, field) not in allowed:
+            raise BadInput(f"unknown --{field} {getattr(c, field)!r}: choose one of {', '.join(allowed)}")
+    try:
+        blocks_fit = all(0 <= i < c.n_layers for i in c.moe_blocks)
+    except ValueError:
+        blocks_fit = False
+    device = c.device.split(":")[0]
+    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    for wrong, message in (
+        (not blocks_fit, f"--moe_layers {c.moe_layers}: last, all, or block indices below {c.n_layers} such as 0,2"),
+        (c.d_model % (2 * c.n_heads), f"--d_model {c.d_model} must be a multiple of twice --n_heads {c.n_heads}"),
+        (c.batch % 2, f"--batch {c.batch} must be even: two sequences a task"),
+        (c.top_k >= min(c.token_experts, c.task_experts), f"--top_k {c.top_k} must be below the numbers of experts"),
+        (c.dropout >= 1, f"--dropout {c.dropout} must be below 1"),
+        (not here.get(device), f"--device {c.device} is not here: use --device cpu"),
+    ):
+        if wrong:
+            raise BadInput(message)
+    return c
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def visible(length, prefix=None, past=0, device=None):
+    """Which token sees which, bool, True for yes: (L, past + L) of a causal sequence behind `past` cached tokens, or,
+
+    with `prefix` (B, Q), (B, 1, L, L) of a prompt of L - Q tokens followed by Q queries: query q of sequence b sees the
+    first prefix[b, q] prompt tokens and itself.
+    """
+    mask = torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
+    if prefix is None:
+        return mask
+    P, Q = length - prefix.shape[1], prefix.shape[1]
+    mask = mask.repeat(len(prefix), 1, 1)  # (B, L, L)
+    mask[:, P:, :P] = torch.arange(P, device=device) < prefix[..., None]
+    mask[:, P:, P:] = torch.eye(Q, dtype=torch.bool, device=device)
+    return mask[:, None]
+
+
+class Attention(nn.Module):
+    """Multi-head attention; a `mask` of None means plain causal. `cache` is a Cache's view of this layer, or None."""
+
+    def __init__(self, d_model, n_heads):
+        super().__init__()
+        self.n_heads = n_heads
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+
+    def forward(self, x, mask, cache=None):
+        B, L, D = x.shape
+        q, k, v = self.qkv(x).view(B, L, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, L, D / heads)
+        if cache is not None:
+            k, v = cache.extend(k, v)  # (B, heads, past + L, D / heads)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.out(y.transpose(1, 2).reshape(B, L, D))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Experts and routers
+
+
+class Experts(nn.Module):
+    """`num` two-layer networks without biases; each token is computed by its chosen experts only.
+
+    Tokens are sorted by expert, so that each expert does one matrix product over the tokens that chose it. Forward and
+    backward of 7,680 tokens on one core (d 128, 6 experts 256 wide, top 2): 80 ms so, 76 ms with F.grouped_mm, which
+    knows no float64, and 392 ms where every expert computes every token.
+    """
+
+    def __init__(self, num, d_in, hidden, d_out):
+        super().__init__()
+        self.w1 = nn.Parameter(torch.empty(num, d_in, hidden).uniform_(-1, 1) * d_in**-0.5)
+        self.w2 = nn.Parameter(torch.empty(num, hidden, d_out).uniform_(-1, 1) * hidden**-0.5)
+
+    def forward(self, h, gates, chosen):
+        """sum_k gates[n, k] * E_chosen[n, k](h[n]): h (N, d_in), gates and chosen (N, top_k) -> (N, d_out)."""
+        order = chosen.flatten().argsort(stable=True)  # pairs of (token, choice), by expert
+        token = order // chosen.shape[1]  # (N * top_k,)
+        counts = chosen.flatten().bincount(minlength=len(self.w1)).tolist()
+        groups = zip(h[token].split(counts), self.w1, self.w2)
+        y = torch.cat([F.gelu(x @ w1) @ w2 for x, w1, w2 in groups])  # (N * top_k, d_out)
+        y = y * gates.flatten()[order, None]
+        return y.new_zeros(len(h), y.shape[1]).index_add(0, token, y)
+
+
+def top_k_gates(logits, k):
+    """softmax(topk(logits)): gates (..., k) and the chosen experts' indices (..., k)."""
+    top, chosen = logits.topk(k, dim=-1)
+    return top.softmax(-1), chosen
+
+
+class TokenMoE(nn.Module):
+    """Token-wise mixture of experts, equations (1) and (2); its router sees one token."""
+
+    def __init__(self, d_model, d_out, hidden, num_experts, top_k, w_imp=1.0, w_load=1.0):
+        super().__init__()
+        self.top_k, self.w_imp, self.w_load = top_k, w_imp, w_load
+        self.router = nn.Linear(d_model, num_experts, bias=False)
+        self.noise = nn.Linear(d_model, num_experts, bias=False)  # W_noise
+        self.experts = Experts(num_experts, d_model, hidden, d_out)
+
+    def forward(self, h):
+        """h (N, d_model) -> y_tok (N, d_out) and the balance loss, a scalar (zero when not training)."""
+        with torch.autocast(h.device.type, enabled=False):  # routing decides on small differences: always float32
+            exact = h.float() if h.dtype == torch.bfloat16 else h
+            clean = noisy = self.router(exact)  # g(h), (N, K1)
+            if self.training:
+                # Noisy top-k routing: now and then a token tries its next best expert, which could otherwise never show
+                # what it can do; and it makes the load below a probability, which has a gradient (a count has none).
+                sigma = F.softplus(self.noise(exact)) + 1e-2  # the constant keeps the division in the load finite
+                noisy = clean + torch.randn_like(clean) * sigma
+            # (1) Token-wise MoE: y_tok = sum_i w_tok(i; h) E_i(h), w_tok = softmax(topk(G_tok(h))).
+            gates, chosen = top_k_gates(noisy, self.top_k)
+            balance = clean.new_zeros(())
+            if self.training:
+                # (2) Balance loss: w_imp CV(Imp)^2 + w_load CV(Load)^2.
+                importance = torch.zeros_like(clean).scatter(1, chosen, gates).sum(0)  # (K1,)
+                load = load_probability(clean, noisy, sigma, self.top_k).sum(0)  # (K1,)
+                balance = self.w_imp * cv_squared(importance) + self.w_load * cv_squared(load)
+        return self.experts(h, gates, chosen), balance
+
+
+class TaskMoE(nn.Module):
+    """Task-wise mixture of experts, equation (3); its router sees the mean of the tokens so far and adds no noise."""
+
+    def __init__(self, d_model, d_out, hidden, num_experts, top_k, momentum=0.005):
+        super().__init__()
+        self.top_k, self.momentum = top_k, momentum
+        self.router = nn.Linear(d_model, num_experts, bias=False)
+        self.key_router = nn.Linear(d_model, num_experts, bias=False).requires_grad_(False)  # momentum copy
+        self.key_router.load_state_dict(self.router.state_dict())
+        self.W = nn.Parameter(torch.eye(num_experts))  # bilinear score of InfoNCE
+        self.experts = Experts(num_experts, d_model, hidden, d_out)
+
+    def forward(self, h, h_mean):
+        """h and h_mean (N, d_model), h_mean from `prefix_mean` -> y_task (N, d_out)."""
+        # (3) Task-wise MoE: y_task = sum_i w_task(i; h_mean) E_i(h). The experts act on the token; which ones, is the
+        # task's choice, made from what has been seen of the task up to this token.
+        with torch.autocast(h.device.type, enabled=False):
+            gates, chosen = top_k_gates(self.router(h_mean), self.top_k)
+        return self.experts(h, gates, chosen)
+
+    def contrast(self, h_mean, task_ids):
+        """InfoNCE loss (4) of whole contexts: h_mean (B, d_model), task_ids (B,)."""
+        with torch.autocast(h_mean.device.type, enabled=False):
+            return info_nce(self.router(h_mean), self.key_router(h_mean).detach(), self.W, task_ids)
+
+    @torch.no_grad()
+    def update_key_router(self):
+        """Momentum (EMA) update of the key router, after each training step."""
+        self.key_router.weight.lerp_(self.router.weight, self.momentum)
+
+
+def prefix_mean(h, prefix=None, past_sum=None, past=0):
+    """Mean of the layer's inputs over the tokens that each token may attend to, itself included; (B, L, d_model).
+
+    Why the prefix and not the whole sequence: a causal model acts when the future is not there yet. A mean over the whole
+    sequence would train the router, and through it every token, on tokens that attention is forbidden to see.
+    Arguments as of `visible`; past_sum (B, d_model) is the sum over the `past` cached tokens.
+    """
+    h = h.float() if h.dtype == torch.bfloat16 else h
+    Q = 0 if prefix is None else prefix.shape[1]
+    prompt, queries = h.split([h.shape[1] - Q, Q], dim=1)
+    sums = prompt.cumsum(1) if past_sum is None else prompt.cumsum(1) + past_sum[:, None]
+    count = past + torch.arange(1, prompt.shape[1] + 1, device=h.device)
+    means = sums / count[:, None]
+    if Q == 0:
+        return means
+    before = F.pad(sums, (0, 0, 1, 0))  # before[:, n] is the sum of the first n prompt tokens
+    before = before.gather(1, prefix[..., None].expand(-1, -1, h.shape[2]))  # (B, Q, d_model)
+    return torch.cat([means, (before + queries) / (prefix[..., None] + 1)], dim=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses
+
+
+def cv_squared(x):
+    """Squared coefficient of variation, variance / mean^2, of a vector (K,)."""
+    return x.var(correction=0) / (x.mean() ** 2 + 1e-10)
+
+
+def load_probability(clean, noisy, sigma, k):
+    """P(expert i is among the top k, were its own noise drawn afresh), (N, K) (Shazeer et al. 2017, appendix A).
+
+    clean, noisy and sigma (N, K): logits without noise, with noise, and the noise's deviation. Expert i makes it if it
+    beats the k-th largest noisy logit of the others, which is the (k+1)-th of all where i itself is in the top k.
+    """
+    top = noisy.topk(k + 1, dim=-1).values
+    kth, next_best = top[:, k - 1 : k], top[:, k : k + 1]
+    bar = torch.where(noisy >= kth, next_best, kth)
+    return torch.special.ndtr((clean - bar) / sigma)
+
+
+def info_nce(z, k, W, task_ids):
+    """(4) InfoNCE: mean over i of -log [sum_pos exp(z_i W k_p) / (sum_pos exp(z_i W k_p) + sum_neg exp(z_i W k_n))].
+
+    z (B, K) router outputs, k (B, K) those of the momentum router, W (K, K), task_ids (B,) int. Positives are the other
+    sequences of i's task, negatives those of other tasks; i itself is neither. Each task needs at least two sequences.
+    """
+    scores = z @ W @ k.T  # (B, B)
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    positive = (task_ids[:, None] == task_ids) & ~itself
+    return (scores.masked_fill(itself, -math.inf).logsumexp(1) - scores.masked_fill(~positive, -math.inf).logsumexp(1)).mean()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Block and model
+
+
+class T2MIRLayer(nn.Module):
+    """(5) T2MIR layer: h + concat(y_tok, y_task), each half as wide as h; a MoE that stands alone takes the full width.
+
+    Active parameters are those of a dense layer 6 d_model wide, 12 d_model^2: with both MoEs, four experts of
+    (d -> 2d -> d/2); with one, two experts of (d -> 3d -> d). The residual sum is in `Block`.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        d, both = c.d_model, not (c.no_token_moe or c.no_task_moe)
+        shape = (d // 2, 2 * d) if both else (d, 3 * d)
+        w_imp, w_load = (0.0, 0.0) if c.no_balance else (c.w_imp, c.w_load)
+        self.token_moe = self.task_moe = None
+        if not c.no_token_moe:
+            self.token_moe = TokenMoE(d, *shape, c.token_experts, c.top_k, w_imp, w_load)
+        if not c.no_task_moe:
+            self.task_moe = TaskMoE(d, *shape, c.task_experts, c.top_k, c.momentum)
+
+    def forward(self, h, h_mean):
+        """h, h_mean (B, L, d_model) -> (B, L, d_model) and the balance loss."""
+        flat, outputs, balance = h.flatten(0, 1), [], 0.0
+        if self.token_moe is not None:
+            y, balance = self.token_moe(flat)
+            outputs.append(y)
+        if self.task_moe is not None:
+            outputs.append(self.task_moe(flat, h_mean.flatten(0, 1)))
+        return torch.cat(outputs, dim=-1).view_as(h), balance
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block whose feed-forward part is a T2MIR layer in the blocks that `moe_layers` names."""
+
+    def __init__(self, c, index):
+        super().__init__()
+        d, here = c.d_model, index in c.moe_blocks
+        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.attention = Attention(d, c.n_heads)
+        self.dropout = nn.Dropout(c.dropout)
+        self.moe = T2MIRLayer(c) if here and not (c.no_token_moe and c.no_task_moe) else None
+        if self.moe is None:
+            width = 6 * d if here else 4 * d  # the baseline spends there what the T2MIR layer would
+            self.mlp = nn.Sequential(nn.Linear(d, width, bias=False), nn.GELU(), nn.Linear(width, d, bias=False))
+
+    def forward(self, x, mask, prefix, cache=None):
+        """x (B, L, d_model) -> the same, the prefix means of the feed-forward part's input (or None), the balance loss."""
+        x = x + self.dropout(self.attention(self.norm1(x), mask, cache))
+        h = self.norm2(x)
+        if self.moe is None:
+            return x + self.dropout(self.mlp(h)), None, 0.0
+        h_mean = None
+        if self.moe.task_moe is not None:
+            h_mean = prefix_mean(h, prefix) if cache is None else cache.prefix_mean(h)
+        y, balance = self.moe(h, h_mean)
+        return x + self.dropout(y), h_mean, balance
+
+
+class T2MIR(nn.Module):
+    """The agent: a transformer over (state, action, reward) tokens that predicts actions, for both modes.
+
+    With both MoEs off it is plain AD or DPT. `state_mean` and `state_std` (obs_dim,) normalise the states.
+    """
+
+    def __init__(self, config, state_mean=None, state_std=None):
+        super().__init__()
+        c, family = config, ENVS[config.env]
+        self.config, self.horizon = c, family.horizon
+        self.register_buffer("state_mean", torch.zeros(family.obs_dim) if state_mean is None else state_mean)
+        self.register_buffer("state_std", torch.ones(family.obs_dim) if state_std is None else state_std)
+        self.embed_state = nn.Linear(family.obs_dim, c.d_model)
+        self.embed_action = nn.Linear(family.act_dim, c.d_model)
+        self.embed_reward = nn.Linear(1, c.d_model)
+        self.embed_time = nn.Embedding(family.horizon + 1, c.d_model)  # the last row marks a query, which has no time
+        nn.init.normal_(self.embed_time.weight, std=1.0)
+        self.dropout = nn.Dropout(c.dropout)
+        self.blocks = nn.ModuleList(Block(c, i) for i in range(c.n_layers))
+        self.norm = nn.LayerNorm(c.d_model)
+        self.head = nn.Linear(c.d_model, family.act_dim)
+
+    @property
+    def task_moes(self):
+        return [b.moe.task_moe for b in self.blocks if b.moe is not None and b.moe.task_moe is not None]
+
+    def state_tokens(self, states, times):
+        """States (B, T, obs_dim) at times (T,) or one time for all -> (B, T, d_model); time `horizon` marks a query."""
+        times = torch.as_tensor(times, device=states.device)
+        return self.embed_state((states - self.state_mean) / self.state_std) + self.embed_time(times)
+
+    def tokens(self, states, actions, rewards, times):
+        """Interleaves steps into tokens: (B, T, obs_dim), (B, T, act_dim), (B, T), times (T,) -> (B, 3 T, d_model)."""
+        s, time = self.state_tokens(states, times), self.embed_time(torch.as_tensor(times, device=states.device))
+        a, r = self.embed_action(actions) + time, self.embed_reward(rewards[..., None]) + time
+        return torch.stack([s, a, r], dim=2).flatten(1, 2)
+
+    def trunk(self, x, prefix=None, cache=None):
+        """The blocks: tokens (B, L, d_model) -> outputs (B, L, d_model), prefix means by MoE block, balance loss."""
+        past = 0 if cache is None else cache.length
+        mask = None if prefix is None and past == 0 else visible(x.shape[1], prefix, past, x.device)
+        x, means, balance = self.dropout(x), [], 0.0
+        for i, block in enumerate(self.blocks):
+            x, h_mean, b = block(x, mask, prefix, None if cache is None else cache.layer(i))
+            means += [] if h_mean is None else [h_mean]
+            balance = balance + b
+        return self.norm(x), means, balance
+
+    def act(self, x):
+        """Actions in [-1, 1] from outputs of `trunk`: (..., d_model) -> (..., act_dim)."""
+        return torch.tanh(self.head(x))
+
+    def forward(self, batch):
+        """Losses of (6) on a batch from `Batches`: a dict of scalars `action`, `balance`, `contrastive`.
+
+        L = L_action + L_balance + w_con L_InfoNCE; -log P of a continuous action is the squared error (a Gaussian of
+        fixed variance), here the mean over predictions and action dimensions.
+        """
+        states, actions, rewards = batch["states"], batch["actions"], batch["rewards"]  # (B, n_episodes, T, ...)
+        times = torch.arange(self.horizon, device=states.device).repeat(states.shape[1])
+        x = self.tokens(states.flatten(1, 2), actions.flatten(1, 2), rewards.flatten(1, 2), times)
+        n = x.shape[1]  # tokens in the context
+        if self.config.mode == "ad":
+            # AD: a context of K episodes, worst to best; the action of each step is predicted at its state token.
+            x, means, balance = self.trunk(x)
+            predicted, wanted = self.act(x[:, 0::3]), actions.flatten(1, 2)  # (B, K * T, act_dim)
+        else:
+            # DPT: one episode as prompt, then the queries. They come last because the prompt must not see them: one prompt
+            # serves them all, and at acting time its cached keys and values stay valid whatever is asked.
+            x, means, balance = self.trunk(torch.cat([x, self.state_tokens(batch["queries"], self.horizon)], dim=1), batch["prefix"])
+            predicted, wanted = self.act(x[:, n:]), batch["labels"]  # (B, Q, act_dim)
+        zero = predicted.new_zeros((), dtype=torch.float32)
+        contrastive = zero
+        if not self.config.no_contrastive:
+            for moe, h_mean in zip(self.task_moes, means):  # z is read where the whole context has been seen
+                contrastive = contrastive + moe.contrast(h_mean[:, n - 1], batch["task_ids"])
+        return {"action": F.mse_loss(predicted.float(), wanted), "balance": balance + zero, "contrastive": contrastive}
+
+    def extend(self, cache, x, keep=True):
+        """One cached step: tokens x (B, L, d_model) behind those in `cache` -> action (B, act_dim) of the last token.
+
+        `keep` adds x to the cache; DPT's queries are not kept.
+        """
+        x, _, _ = self.trunk(x, cache=cache)
+        if keep:
+            cache.keep()
+        return self.act(x[:, -1])
+
+
+class Cache:
+    """What the past leaves behind: keys and values of every block, and the sum of the MoE's inputs for `prefix_mean`.
+
+    Buffers are allocated for `capacity` tokens of `batch` sequences. What a forward pass writes counts only after `keep`.
+    """
+
+    def __init__(self, model, batch, capacity):
+        c, like = model.config, model.state_mean
+        shape = (c.n_layers, 2, batch, c.n_heads, capacity, c.d_model // c.n_heads)
+        self.kv = torch.zeros(shape, device=like.device, dtype=like.dtype)
+        self.sums = torch.zeros(c.n_layers, batch, c.d_model, device=like.device, dtype=like.dtype)
+        self.new_sums = self.sums.clone()
+        self.length = self.new = 0
+
+    def layer(self, index):
+        self.index = index
+        return self
+
+    def extend(self, k, v):
+        """Puts k and v (B, heads, L, ...) of the current layer behind the kept ones and returns both with their past."""
+        self.new = k.shape[2]
+        end = self.length + self.new
+        self.kv[self.index, 0, :, :, self.length : end] = k
+        self.kv[self.index, 1, :, :, self.length : end] = v
+        k, v = self.kv[self.index, :, :, :, :end].to(k.dtype)
+        return k, v
+
+    def prefix_mean(self, h):
+        """`prefix_mean` of h (B, L, d_model) with the kept tokens before it."""
+        self.new_sums[self.index] = self.sums[self.index] + h.to(self.sums.dtype).sum(1)
+        return prefix_mean(h, None, self.sums[self.index], self.length)
+
+    def clear(self):
+        self.length = 0
+        self.sums.zero_()
+
+    def keep(self):
+        self.sums.copy_(self.new_sums)
+        self.length += self.new
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+class Batches:
+    """Draws training batches from a dataset's training tasks; all of it lives on the device, nothing loops over tasks.
+
+    A batch holds batch / 2 distinct tasks with two sequences each, so that in InfoNCE a sequence has exactly one
+    positive, and no negative is of its own task. `rng` is the only source of randomness.
+    """
+
+    def __init__(self, c, data):
+        train = ~data["test"]
+        if c.batch // 2 > train.sum():
+            raise BadInput(f"--batch {c.batch} needs {c.batch // 2} training tasks, the dataset has {train.sum()}")
+        if c.mode == "ad" and c.context > data["states"].shape[1]:
+            raise BadInput(f"--context {c.context} is more than the dataset's {data['states'].shape[1]} episodes a task")
+        self.c = c
+        self.rng = torch.Generator(c.device).manual_seed(c.seed)
+        keys = ("states", "actions", "rewards", "expert_actions")
+        tensors = (torch.as_tensor(data[key][train], device=c.device) for key in keys)
+        self.states, self.actions, self.rewards, self.labels = tensors  # (tasks, E, T, ...)
+        self.returns = self.rewards.sum(-1)  # (tasks, E)
+
+    def draw(self, *shape, below):
+        return torch.randint(below, shape, generator=self.rng, device=self.c.device)
+
+    def next(self):
+        """A batch as a dict: states, actions, rewards (B, n, T, ...) of n context episodes, task_ids (B,), and for DPT
+
+        queries (B, Q, obs_dim), their labels (B, Q, act_dim) and how many prompt tokens each sees, prefix (B, Q).
+        """
+        c, (num_tasks, E, T) = self.c, self.rewards.shape
+        task = torch.rand(num_tasks, generator=self.rng, device=c.device).argsort()[: c.batch // 2].repeat(2)  # (B,)
+        if c.mode == "ad":
+            # K distinct episodes; the history is stored in the order of learning, so sorting indices sorts by age.
+            episode = torch.rand(c.batch, E, generator=self.rng, device=c.device).argsort(1)[:, : c.context].sort(1).values
+            if c.history == "sorted":
+                order = self.returns[task[:, None], episode].argsort(dim=1, stable=True)
+                episode = episode.gather(1, order)
+        else:
+            episode = self.draw(c.batch, 1, below=E)  # a prompt of any quality
+        at = task[:, None], episode
+        batch = {"states": self.states[at], "actions": self.actions[at], "rewards": self.rewards[at], "task_ids": task}
+        if c.mode == "dpt":
+            shape = c.batch, c.queries
+            at = task[:, None], self.draw(*shape, below=E), self.draw(*shape, below=T)
+            batch |= {"queries": self.states[at], "labels": self.labels[at], "prefix": 3 * self.draw(*shape, below=T + 1)}
+        return batch
+
+
+def open_dataset(c):
+    """The dataset of c.env as a dict of arrays (see collect.py); collects it first where it is missing."""
+    path = Path(c.data) / f"{c.env}.npz"
+    if not path.exists():
+        print(f"{path} is missing: collecting it now (point_robot takes about a minute, the MuJoCo tasks far longer)")
+        collect(c.env, out=c.data)
+    data = load(path)
+    if data["info"]["settings"]["env"] != c.env:
+        raise BadInput(f"{path} holds {data['info']['settings']['env']}, not {c.env}: delete it and run again")
+    return data
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation in context
+
+
+@torch.no_grad()
+def evaluate(model, tasks, episodes, seed=0, context="own"):
+    """Acts in unseen `tasks` (num_tasks, task_dim), all together and without a weight update; returns of each episode,
+
+    (episodes, num_tasks). AD's context is its last K - 1 finished episodes, ordered as in training, and the episode so
+    far; DPT's is its last finished episode, or in the first one the episode so far. As controls, `context` may be
+    "hidden" (an empty context at every step) or "other" (the remembered episodes are those of the task before; in DPT's
+    first episode also the steps so far, while AD always sees the running episode's own steps).
+    """
+    c, device, N, T = model.config, model.state_mean.device, len(tasks), model.horizon
+    was_training = model.training
+    model.eval()
+    env = make_vec(c.env, tasks)
+    remembered = deque(maxlen=c.context - 1 if c.mode == "ad" else 1)  # episodes (states, actions, rewards), (N, T, ...)
+    cache = Cache(model, N, 3 * T * (remembered.maxlen + 1) + 1)
+    returns = []
+    for episode in range(episodes):
+        cache.clear()
+        if remembered and context != "hidden":
+            memory = [torch.stack(part, dim=1) for part in zip(*remembered)]  # (N, n, T, ...)
+            if c.mode == "ad" and c.history == "sorted":
+                order = memory[2].sum(-1).argsort(dim=1, stable=True)  # (N, n)
+                memory = [part[torch.arange(N, device=device)[:, None], order] for part in memory]
+            if context == "other":
+                memory = [part.roll(1, dims=0) for part in memory]
+            times = torch.arange(T, device=device).repeat(len(remembered))
+            model.extend(cache, model.tokens(*(part.flatten(1, 2) for part in memory), times))
+        steps = []
+        states = torch.as_tensor(env.reset(seed=seed if episode == 0 else None)[0], device=device)
+        waiting = None  # AD: the last step's action and reward tokens, to be fed together with the next state's
+        for t in range(T):
+            if context == "hidden":
+                cache.clear()
+                waiting = None
+            if c.mode == "ad":
+                token = model.state_tokens(states[:, None], t)
+                actions = model.extend(cache, token if waiting is None else torch.cat([waiting, token], dim=1))
+            else:
+                actions = model.extend(cache, model.state_tokens(states[:, None], T), keep=False)
+            observed, rewards, *_ = env.step(actions.float().cpu().numpy())
+            rewards = torch.as_tensor(rewards, dtype=torch.float32, device=device)
+            steps.append((states, actions, rewards))
+            triple = model.tokens(states[:, None], actions[:, None], rewards[:, None], t)
+            if c.mode == "ad":
+                waiting = triple[:, 1:]
+            elif episode == 0 and context != "hidden":
+                model.extend(cache, triple.roll(1, dims=0) if context == "other" else triple)
+            states = torch.as_tensor(observed, device=device)
+        episode_data = [torch.stack(part, dim=1) for part in zip(*steps)]
+        remembered.append(episode_data)
+        returns.append(episode_data[2].sum(1))
+    env.close()
+    model.train(was_training)
+    return torch.stack(returns).cpu().numpy()
+
+
+def normalised(returns, data):
+    """Normalised scores (R - R_random) / (R_oracle - R_random) of returns (..., num_test_tasks), task by task."""
+    low, high = data["random_return"][data["test"]], data["expert_return"][data["test"]]
+    return (returns - low) / (high - low)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def learning_rate(step, c):
+    """Linear warm-up to c.lr, then a cosine to zero at c.steps."""
+    if step < c.warmup:
+        return c.lr * (step + 1) / c.warmup
+    return c.lr * 0.5 * (1 + math.cos(math.pi * (step - c.warmup) / max(1, c.steps - c.warmup)))
+
+
+def save(path, model, optimizer, batches, step, pending):
+    """Writes a checkpoint: all that is needed to act (`config`, `model`) and to go on training.
+
+    `pending` is what the log has not seen yet: the losses summed since step `since`, and the seconds they took.
+    """
+    rng = {"torch": torch.get_rng_state(), "batches": batches.rng.get_state()}
+    if torch.cuda.is_available():
+        rng["cuda"] = torch.cuda.get_rng_state()
+    content = {"config": dataclasses.asdict(model.config), "model": model.state_dict()}
+    content |= {"optimizer": optimizer.state_dict(), "rng": rng, "step": step, "pending": pending}
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def restore(path, device="cpu"):
+    """Reads a checkpoint; returns the model (in evaluation mode) and the checkpoint's dict. Raises BadInput."""
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+        model = T2MIR(Config(**{**content["config"], "device": device})).to(device)
+        model.load_state_dict(content["model"])
+    except FileNotFoundError:
+        raise BadInput(f"{path} is missing: name the folder of a run that has saved a checkpoint") from None
+    except Exception as e:  # torch.load raises half a dozen kinds on damaged files
+        first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise BadInput(f"{path} is damaged or does not fit this code ({first}): train again") from None
+    return model.eval(), content
+
+
+def train(c, resume=None):
+    """Trains, evaluates and leaves the run folder that it returns; `resume` is the checkpoint dict to go on from.
+
+    The folder holds config.json, log.csv, ckpt.pt (the last state: nothing is picked), incontext.csv and incontext.png.
+    Raises BadInput where the data does not fit, and FloatingPointError on a loss that is no number.
+    """
+    data = open_dataset(c)
+    name = c.name or "-".join([c.env, *c.variant.replace("T2MIR-", "t2mir_").split(), f"seed{c.seed}"])
+    folder = Path(c.runs) / name.lower().translate(str.maketrans("", "", "(),"))
+    torch.manual_seed(c.seed)
+    states = data["states"][~data["test"]].reshape(-1, data["states"].shape[-1])
+    std = states.std(0, dtype=np.float64)
+    mean, std = (torch.tensor(x, dtype=torch.float32) for x in (states.mean(0, dtype=np.float64), np.where(std > 1e-6, std, 1)))
+    model = T2MIR(c, mean, std).to(c.device)
+    optimizer = torch.optim.AdamW(
+        (p for p in model.parameters() if p.requires_grad), c.lr, weight_decay=c.weight_decay, fused=c.device != "mps"
+    )
+    batches = Batches(c, data)
+    test_tasks = data["tasks"][data["test"]]
+    start_step = 0
+    if resume is not None:
+        start_step = resume["step"]
+        model.load_state_dict(resume["model"])
+        optimizer.load_state_dict(resume["optimizer"])
+        batches.rng.set_state(resume["rng"]["batches"].cpu())
+        torch.set_rng_state(resume["rng"]["torch"].cpu())
+        if "cuda" in resume["rng"]:
+            torch.cuda.set_rng_state(resume["rng"]["cuda"].cpu())
+    write_atomically(folder / "config.json", lambda f: f.write(json.dumps(dataclasses.asdict(c), indent=1).encode()))
+    columns = ["step", "loss", "action", "balance", "contrastive", "test_return", "test_score", "tokens_per_s"]
+    rows = []
+    if start_step:
+        with open(folder / "log.csv") as file:
+            rows = [row for row in csv.reader(file)][1:]
+        rows = [row for row in rows if int(row[0]) <= start_step]
+
+    context_tokens = 3 * model.horizon * (c.context if c.mode == "ad" else 1)
+    tokens = c.batch * (context_tokens + (c.queries if c.mode == "dpt" else 0))  # a step
+    autocast = torch.autocast(c.device.split(":")[0], torch.bfloat16, enabled=c.dtype == "bfloat16")
+    sums, seconds, since = (torch.zeros(4, device=c.device), 0.0, 0) if resume is None else resume["pending"]
+    stop = threading.Event()  # Ctrl-C ends the run after the step in progress, with a checkpoint
+    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
+    model.train()
+    progress = tqdm(range(start_step, c.steps), initial=start_step, total=c.steps, desc=folder.name, disable=None)
+    for step in progress:
+        began = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, c)
+        with autocast:
+            losses = model(batches.next())
+        loss = losses["action"] + losses["balance"] + c.w_con * losses["contrastive"]  # (6) the objective
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), c.clip)
+        optimizer.step()
+        for moe in model.task_moes:
+            moe.update_key_router()
+        sums += torch.stack([loss, losses["action"], losses["balance"], losses["contrastive"]]).detach()
+        seconds += time.perf_counter() - began
+        done = step + 1
+        if done % c.eval_every == 0 or done == c.steps:
+            means = (sums / (done - since)).tolist()  # the only wait for the device in the loop
+            if not all(map(math.isfinite, means)):
+                raise FloatingPointError(
+                    f"the loss is {means[0]} in steps {since + 1} to {done}: {folder / 'ckpt.pt'} is the last good "
+                    f"state, if there is one; try a smaller --lr"
+                )
+            returns = evaluate(model, test_tasks, c.eval_episodes)
+            last = returns[-1].mean(), normalised(returns, data)[-1].mean()
+            rows.append([done, *(f"{x:.6g}" for x in (*means, *last)), round(tokens * (done - since) / seconds)])
+            write_csv(folder / "log.csv", columns, rows)
+            sums, seconds, since = torch.zeros_like(sums), 0.0, done
+            save(folder / "ckpt.pt", model, optimizer, batches, done, [sums, seconds, since])
+            progress.write(
+                f"step {done}/{c.steps}: loss {means[0]:.4f} (action {means[1]:.4f}, balance {means[2]:.4f}, contrastive "
+                f"{means[3]:.4f}), test return {last[0]:.2f} (score {last[1]:.3f}), {rows[-1][-1]:,} tokens/s"
+            )
+        elif stop.is_set():
+            save(folder / "ckpt.pt", model, optimizer, batches, done, [sums, seconds, since])
+            raise KeyboardInterrupt(f"stopped after step {done}; go on with: python t2mir.py --resume {folder}")
+    signal.signal(signal.SIGINT, before)
+
+    # The last state, acting in the test tasks: with its own context, and with the two controls.
+    result = {}
+    for context in ("own", "hidden", "other"):
+        result[context] = evaluate(model, test_tasks, c.eval_episodes, seed=1, context=context)
+    rows = []
+    for context, returns in result.items():
+        score = normalised(returns, data)
+        for episode, (r, s) in enumerate(zip(returns, score), 1):
+            rows.append([context, episode, f"{r.mean():.6g}", f"{s.mean():.6g}", f"{s.std(ddof=1) / len(s) ** 0.5:.6g}"])
+    write_csv(folder / "incontext.csv", ["context", "episode", "return", "score", "score_se_over_tasks"], rows)
+    plot_incontext(folder, result, data)
+    own = normalised(result["own"], data).mean(1)
+    print("episode in context: " + " ".join(f"{i + 1:7d}" for i in range(len(own))))
+    print("test return:        " + " ".join(f"{x:7.2f}" for x in result["own"].mean(1)))
+    print("normalised score:   " + " ".join(f"{x:7.3f}" for x in own))
+    for context in ("hidden", "other"):
+        print(f"  context {context}:".ljust(20) + " ".join(f"{x:7.3f}" for x in normalised(result[context], data).mean(1)))
+    print(f"picture: {folder / 'incontext.png'}")
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def write_csv(path, columns, rows):
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def save_figure(fig, path):
+    fig.tight_layout()
+    write_atomically(path, lambda file: fig.savefig(file, dpi=150, format="png"))
+    print(f"wrote {path}") if path.name != "incontext.png" else None
+
+
+def plot_incontext(folder, result, data):
+    """Return against episode in context, mean and standard error over the test tasks, with random and oracle lines."""
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(5, 3.4))
+    ax = fig.subplots()
+    labels = {"own": "own context", "hidden": "context hidden", "other": "context of another task"}
+    for (context, returns), color in zip(result.items(), ("C0", "C7", "C3")):
+        x, mean = np.arange(1, len(returns) + 1), returns.mean(1)
+        error = returns.std(1, ddof=1) / returns.shape[1] ** 0.5
+        ax.plot(x, mean, "o-", color=color, label=labels[context], ms=4)
+        ax.fill_between(x, mean - error, mean + error, color=color, alpha=0.2, lw=0)
+    for key, style in (("expert_return", "--"), ("random_return", ":")):
+        ax.axhline(data[key][data["test"]].mean(), color="k", ls=style, lw=1, label=f"{key.split('_')[0]} (SAC)"[:6])
+    ax.set(xlabel="episode in context", ylabel="return on unseen tasks", title=folder.name)
+    ax.legend(fontsize=7)
+    save_figure(fig, folder / "incontext.png")
+
+
+def read_csv(path):
+    """Rows of a run's CSV file as dicts; raises BadInput where the run has none."""
+    try:
+        with open(path, newline="") as file:
+            return list(csv.DictReader(file))
+    except FileNotFoundError:
+        raise BadInput(f"{path} is missing: name folders of finished runs") from None
+
+
+def mean_se(values):
+    """'mean ± standard error' over runs (seeds); a single run has no error."""
+    values = np.asarray(values, dtype=float)
+    return f"{values.mean():.3f}" + (f" ± {values.std(ddof=1) / len(values) ** 0.5:.3f}" if len(values) > 1 else "")
+
+
+def figures(runs, out):
+    """Compares finished runs: prints a Markdown table, mean ± standard error over the runs (seeds) of a variant, and
+
+    writes it with results.csv and the figures into folder `out`. Every run counts with its last state.
+    """
+    from matplotlib.figure import Figure
+
+    groups, table = {}, []
+    for run in map(Path, runs):
+        if not (run / "config.json").exists():
+            raise BadInput(f"{run} is no run folder: it has no config.json")
+        c = Config(**json.loads((run / "config.json").read_text()))
+        rows = read_csv(run / "incontext.csv")
+        scores = {k: [float(r["score"]) for r in rows if r["context"] == k] for k in ("own", "hidden", "other")}
+        groups.setdefault((c.env, c.variant), []).append((c, scores, read_csv(run / "log.csv")))
+        table += [[c.env, c.variant, c.seed, c.steps, r["context"], r["episode"], r["return"], r["score"]] for r in rows]
+    lines = [
+        "| environment | agent | seeds | episode 1 | episode 2 | episodes 2 to last | last episode | context hidden | "
+        "another task's context |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (env, variant), members in groups.items():
+        own, hidden, other = (np.array([m[1][k] for m in members]) for k in ("own", "hidden", "other"))  # (runs, episodes)
+        columns = own[:, 0], own[:, 1], own[:, 1:].mean(1), own[:, -1], hidden[:, 1:].mean(1), other[:, 1:].mean(1)
+        lines.append(f"| {env} | {variant} | {len(members)} | " + " | ".join(map(mean_se, columns)) + " |")
+    print("\n".join(lines))
+    out = Path(out)
+    header = f"# python t2mir.py --figures {' '.join(map(str, runs))}\n"
+    text = io.StringIO(header)
+    text.seek(0, io.SEEK_END)
+    columns = ["env", "variant", "seed", "steps", "context", "episode", "return", "score"]
+    csv.writer(text, lineterminator="\n").writerows([columns, *table])
+    write_atomically(out / "results.csv", lambda file: file.write(text.getvalue().encode()))
+    write_atomically(out / "results.md", lambda file: file.write(("\n".join(lines) + "\n").encode()))
+
+    # Fig. 3 of the paper (test return against training step), and the same agents' scores against episode in context.
+    for env in {env for env, _ in groups}:
+        fig = Figure(figsize=(9, 3.4))
+        left, right = fig.subplots(1, 2)
+        for color, ((_, variant), members) in enumerate((k, v) for k, v in groups.items() if k[0] == env):
+            steps = [int(row["step"]) for row in members[0][2]]
+            returns = np.array([[float(row["test_return"]) for row in log] for _, _, log in members])
+            scores = np.array([scores["own"] for _, scores, _ in members])
+            for ax, x, y in ((left, steps, returns), (right, np.arange(1, scores.shape[1] + 1), scores)):
+                error = y.std(0, ddof=1) / len(y) ** 0.5 if len(y) > 1 else 0 * y[0]
+                ax.plot(x, y.mean(0), "o-", ms=3, color=f"C{color}", label=f"{variant} ({len(y)} seeds)")
+                ax.fill_between(x, y.mean(0) - error, y.mean(0) + error, color=f"C{color}", alpha=0.2, lw=0)
+        left.set(xlabel="training step", ylabel="test return, last episode", title=env)
+        right.set(xlabel="episode in context", ylabel="normalised score", title="unseen tasks, last checkpoint")
+        right.axhline(1, color="k", ls="--", lw=1)
+        right.legend(fontsize=7)
+        save_figure(fig, out / f"{env}.png")
+
+
+def main(argv):
+    given = parse_flags(
+        Config,
+        argv,
+        resume=dict(metavar="RUN", help="go on with the run in this folder from its checkpoint, with its own flags"),
+        figures=dict(metavar="RUN", nargs="+", help="compare finished runs: a table, results.csv and pictures"),
+        out=dict(default="figures", metavar="FOLDER", help="where --figures writes [figures]"),
+    )
+    out, runs, resume = given.pop("out"), given.pop("figures", None), given.pop("resume", None)
+    if runs:
+        figures(runs, out)
+    elif resume:
+        if given:
+            raise BadInput(f"--resume keeps the run's own flags: leave out --{next(iter(given))}")
+        _, content = restore(Path(resume) / "ckpt.pt")
+        c = Config(**content["config"])
+        train(dataclasses.replace(c, runs=str(Path(resume).parent), name=Path(resume).name), content)
+    else:
+        train(make_config(**given))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (BadInput, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as stopped:
+        print(stopped or "interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,833 @@
+"""The tests: each fast piece against a slow, obvious version of itself, and properties that must hold.
+
+    pytest -q test_t2mir.py
+
+In the order of the files: environments, data collection, experts and losses, the model, acting, training, bad input.
+"""
+
+import copy
+import csv
+import io
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium
+import mujoco
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+from torch import distributions
+
+import t2mir
+from collect import BadInput, BatchedSAC, collect, load, resolve
+from envs import ENVS, make_vec, sample_tasks
+from t2mir import T2MIR, Batches, TaskMoE, TokenMoE, evaluate, make_config
+
+torch.set_num_threads(1)  # the sizes are so small that a second thread would only wait for the first
+pytestmark = pytest.mark.filterwarnings("ignore:.*Box observation space")  # unbounded observations are meant
+
+HERE = Path(__file__).parent
+GYMNASIUM = {"cheetah_vel": "HalfCheetah-v5", "walker_param": "Walker2d-v5"}  # where the models come from
+double = torch.float64
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Folder with a tiny dataset of each family; most of its actions are random, all its experts are poor."""
+    out = str(tmp_path_factory.mktemp("data"))
+    tiny = dict(out=out, hidden=16, batch=16, copies=2, seed=3)
+    collect("point_robot", steps=200, random_steps=170, episodes=8, train_tasks=5, test_tasks=2, **tiny)
+    for name in GYMNASIUM:
+        collect(name, steps=400, random_steps=385, episodes=3, train_tasks=2, test_tasks=1, **tiny)
+    return out
+
+
+def tiny(mode, **given):
+    """A config small enough for a test, with a T2MIR layer in every block and no dropout."""
+    sizes = dict(d_model=16, n_layers=2, n_heads=2, dropout=0.0, moe_layers="all", token_experts=4, task_experts=5)
+    return make_config("point_robot", mode, **{**sizes, "context": 3, "queries": 6, "batch": 8, **given})
+
+
+def tiny_model(mode, **given):
+    """A fresh model in evaluation mode whose actions differ clearly from token to token."""
+    torch.manual_seed(0)
+    model = T2MIR(tiny(mode, **given), torch.tensor([0.3, -0.2]), torch.tensor([0.5, 0.7])).eval()
+    model.head.weight.data *= 2
+    return model
+
+
+def near(a, b, tolerance=1e-10):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Environments
+
+
+def plain_model(name, multipliers=()):
+    """The model of gymnasium's own environment, with its entries multiplied one by one in the order that a task has."""
+    model = gymnasium.make(GYMNASIUM[name]).unwrapped.model
+    if len(multipliers):
+        entries = [model.body_mass, model.body_inertia, model.geom_friction, model.dof_damping]
+        places = [(array, index) for array in entries for index in np.ndindex(array.shape)]
+        for (array, index), multiplier in zip(places, multipliers, strict=True):
+            array[index] *= multiplier
+        mujoco.mj_setConst(model, mujoco.MjData(model))
+    return model
+
+
+def test_sampled_tasks_repeat_and_fill_their_ranges():
+    """Same seed, same rows; a longer draw starts with the shorter one; goals, velocities, log-multipliers are uniform."""
+    for name, family in ENVS.items():
+        tasks = sample_tasks(name, 2000, seed=5)
+        assert tasks.shape == (2000, family.task_dim) and tasks.dtype == np.float64
+        np.testing.assert_array_equal(sample_tasks(name, 7, seed=5), tasks[:7])
+        assert not np.isin(sample_tasks(name, 7, seed=6), tasks).any()
+        low, high = {"point_robot": (-1, 1), "cheetah_vel": (0, 3)}.get(name, (-3, 3))
+        if name == "walker_param":
+            tasks = np.log(tasks) / np.log([1.5] * 56 + [1.3] * 9)
+        assert (low <= tasks).all() and (tasks <= high).all()
+        quarters = np.array([np.histogram(column, bins=4, range=(low, high))[0] for column in tasks.T])
+        assert (abs(quarters - 500) < 100).all()  # five standard deviations
+
+
+@pytest.mark.parametrize("name", ENVS)
+def test_single_environment_equals_its_place_in_the_batch(name):
+    """From the same state and with the same actions, some outside the box, a whole episode is the same to the bit."""
+    tasks, rng = sample_tasks(name, 3, seed=1), np.random.default_rng(0)
+    vec = make_vec(name, tasks)
+    singles = [gymnasium.make(vec.id, task=task) for task in tasks]
+    first, _ = vec.reset(seed=1)
+    assert len(np.unique(first[:, 0])) == 3  # the starts differ
+    for i, env in enumerate(singles):
+        env.reset(seed=0)
+        env.unwrapped.vec.state = vec.state[i : i + 1].copy()
+    for t in range(vec.horizon):
+        actions = rng.uniform(-1.3, 1.3, vec.action_space.shape)
+        observations, rewards, _, truncated, _ = vec.step(actions)
+        for i, env in enumerate(singles):
+            observation, reward, _, cut, _ = env.step(np.clip(actions[i], -1, 1))
+            np.testing.assert_array_equal(observation, observations[i])
+            assert (reward, cut) == (rewards[i], truncated[i])
+
+
+@pytest.mark.parametrize("name", GYMNASIUM)
+def test_mujoco_step_equals_a_plain_loop(name, tmp_path, monkeypatch):
+    """States, observations and rewards are those of mj_step on gymnasium's model, in walker also on a scaled one.
+
+    The scaled models' fields are equal too, so that one task's multipliers do not reach into another task's model.
+    """
+    monkeypatch.chdir(tmp_path)  # MuJoCo leaves a log file of a deprecated attribute
+    if name == "cheetah_vel":
+        tasks, models = [[0.5], [2.5]], [plain_model(name)] * 2
+    else:
+        row = sample_tasks(name, 1, seed=2)[0]
+        tasks, models = [np.ones(65), row, np.ones(65)], [plain_model(name), plain_model(name, row), plain_model(name)]
+    vec, rng, healthy = make_vec(name, tasks), np.random.default_rng(0), []
+    for model, own in zip(models, vec.models):
+        for field in ("body_mass", "body_inertia", "geom_friction", "dof_damping", "body_invweight0", "dof_invweight0"):
+            np.testing.assert_allclose(getattr(own, field), getattr(model, field), rtol=1e-12)
+    vec.reset(seed=0)
+    for t in range(vec.horizon):
+        if name == "walker_param" and t % 4 == 0:  # lifted, dropped and tipped to around the bounds of what is healthy
+            vec.state[:, 2] = rng.choice([0.75, 0.85, 1.5, 1.95, 2.05], 3)
+            vec.state[:, 3] = rng.choice([-1.05, -0.95, 0, 0.95, 1.05], 3)
+        before, actions = vec.state.copy(), rng.uniform(-1, 1, vec.action_space.shape)
+        observations, rewards, *_ = vec.step(actions)
+        for i, model in enumerate(models):
+            data = mujoco.MjData(model)
+            mujoco.mj_setState(model, data, before[i], mujoco.mjtState.mjSTATE_FULLPHYSICS)
+            x, data.ctrl[:], data.qacc_warmstart[:] = data.qpos[0], actions[i], 0
+            for _ in range(5 if name == "cheetah_vel" else 4):
+                mujoco.mj_step(model, data)
+            np.testing.assert_array_equal(vec.state[i], [data.time, *data.qpos, *data.qvel])
+            if name == "cheetah_vel":
+                mujoco.mj_kinematics(model, data)
+                seen = np.concatenate([data.qpos[1:], data.qvel, data.body("torso").xpos])
+                reward = -abs((data.qpos[0] - x) / 0.05 - tasks[i][0]) - 0.05 * sum(a**2 for a in actions[i])
+            else:
+                seen = np.concatenate([data.qpos[1:], [min(max(v, -10), 10) for v in data.qvel]])
+                healthy.append(0.8 < data.qpos[1] < 2 and -1 < data.qpos[2] < 1)
+                penalty = 0 if healthy[-1] else 1
+                reward = (data.qpos[0] - x) / 0.008 + 1 - 0.001 * sum(a**2 for a in actions[i]) - penalty
+            np.testing.assert_allclose(observations[i], seen, rtol=1e-6, atol=1e-6)
+            assert rewards[i] == pytest.approx(reward, abs=1e-9)
+    assert name == "cheetah_vel" or 0 < sum(healthy) < len(healthy)  # the penalty was seen at work, and its absence
+
+
+@pytest.mark.parametrize("name", GYMNASIUM)
+def test_mujoco_steps_stay_close_to_gymnasiums_environment(name, tmp_path, monkeypatch):
+    """Twenty steps on from one state, the solver's cold start makes no visible difference to gymnasium's warm one."""
+    monkeypatch.chdir(tmp_path)
+    plain, rng = gymnasium.make(GYMNASIUM[name]).unwrapped, np.random.default_rng(0)
+    vec = make_vec(name, np.ones((1, ENVS[name].task_dim)))
+    vec.reset(seed=0)
+    plain.reset(seed=0)
+    plain.set_state(vec.state[0, 1 : 1 + plain.model.nq], vec.state[0, 1 + plain.model.nq :])
+    for t in range(20):
+        action = rng.uniform(-1, 1, 6)
+        observations, rewards, *_ = vec.step(action[None])
+        observation, reward, _, _, info = plain.step(action)
+        np.testing.assert_allclose(observations[0, : len(observation)], observation, atol=1e-3)
+        if name == "cheetah_vel":
+            reward = -abs(info["x_velocity"] - 1) - 0.05 * sum(action**2)
+        assert rewards[0] == pytest.approx(reward, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ENVS)
+def test_horizon_and_interface(name):
+    """gymnasium's own checker passes; an episode is cut at the horizon and nowhere else, and a step after it raises."""
+    check_env(gymnasium.make(ENVS[name].id).unwrapped, skip_render_check=True)
+    vec = make_vec(name, sample_tasks(name, 2, seed=0))
+    actions = np.zeros(vec.action_space.shape)
+    for _ in range(2):  # before the first reset too
+        with pytest.raises(gymnasium.error.ResetNeeded):
+            vec.step(actions)
+        vec.reset()
+        ends = [vec.step(actions)[2:4] for _ in range(vec.horizon)]
+        assert not np.any([terminated for terminated, _ in ends])
+        assert [truncated.tolist() for _, truncated in ends] == [[False] * 2] * (vec.horizon - 1) + [[True] * 2]
+    for wrong in (np.ones(vec.task_dim), np.ones((2, vec.task_dim + 1)), np.ones((0, vec.task_dim))):
+        with pytest.raises(ValueError, match="tasks must have shape"):
+            make_vec(name, wrong)
+
+
+def test_point_robot_picture_shows_goal_and_point():
+    """The red and the blue spot of the picture stand where the goal and the point are."""
+    env = gymnasium.make("t2mir/PointRobot-v0", task=[0.8, -0.5], render_mode="rgb_array")
+    env.reset(seed=0)
+    env.unwrapped.vec.state = np.array([[-0.3, 0.6]])
+    image = env.render()
+    assert image.shape == (256, 256, 3) and image.dtype == np.uint8
+    for channel, (x, y) in ((0, (0.8, -0.5)), (2, (-0.3, 0.6))):
+        spot = (image.argmax(-1) == channel) & (image.min(-1) < 100)
+        rows, columns = np.nonzero(spot)
+        assert (3 * columns.mean() / 255 - 1.5, 1.5 - 3 * rows.mean() / 255) == pytest.approx((x, y), abs=0.02)
+
+
+def test_mujoco_pictures():
+    """Both MuJoCo families draw something, and something else after some steps; skipped where OpenGL is missing."""
+    code = """
+import sys, gymnasium, mujoco, numpy as np, envs
+try:
+    mujoco.Renderer(mujoco.MjModel.from_xml_string("<mujoco/>"), 8, 8).close()
+except Exception:
+    sys.exit(77)
+for name in ("t2mir/CheetahVel-v0", "t2mir/WalkerParam-v0"):
+    env = gymnasium.make(name, render_mode="rgb_array")
+    env.reset(seed=0)
+    first = env.render()
+    for _ in range(20):
+        env.step(env.action_space.sample())
+    assert first.shape == (256, 256, 3) and first.dtype == np.uint8 and first.std() > 5
+    assert np.mean(env.render() != first) > 0.01
+    env.close()
+"""
+    environment = {**os.environ, "MUJOCO_GL": os.environ.get("MUJOCO_GL", "egl")}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, cwd=HERE, capture_output=True, text=True)
+    if ended.returncode == 77:
+        pytest.skip("no OpenGL")
+    assert ended.returncode == 0, ended.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data collection
+
+
+def test_an_agent_learns_in_the_batch_what_it_learns_alone():
+    """Three agents updated together and one by one, on the same batches and noise, end with the same parameters."""
+    s, num, B = resolve("point_robot", hidden=8, temperature=0.1), 3, 10
+    torch.manual_seed(0)
+    agents, *alone = [BatchedSAC(n, 2, 2, s) for n in (num, 1, 1, 1)]
+    pairs = []  # parameters: of the batch, agent i's rows in it (all first critics, then all second ones), of agent i alone
+    for net, (i, one) in itertools.product(("actor", "critic", "target"), enumerate(alone)):
+        of_batch, of_one = getattr(agents, net).double().parameters(), getattr(one, net).double().parameters()
+        pairs += [(p, [i] if net == "actor" else [i, num + i], q) for p, q in zip(of_batch, of_one)]
+    for p, rows, q in pairs:
+        q.data.copy_(p.data[rows])
+    start = [q.data.clone() for _, _, q in pairs]
+    for step in range(6):
+        batch = [torch.randn(num, B, *size, dtype=double) for size in ((2,), (2,), (), (2,))]
+        noise = torch.randn(2, num, B, 2, dtype=double)
+        agents.update(*batch, noise, policy=step % 2 == 0)
+        for i, one in enumerate(alone):
+            one.update(*(x[i : i + 1] for x in batch), noise[:, i : i + 1], policy=step % 2 == 0)
+    for (p, rows, q), first in zip(pairs, start):
+        near(p.data[rows], q.data, 1e-8)
+        assert (q.data - first).abs().max() > 1e-6  # it did learn
+
+
+def test_policy_density_is_that_of_a_squashed_gaussian():
+    """Actions and log-densities equal torch.distributions' Normal behind a TanhTransform, where log std is clamped too."""
+    torch.manual_seed(0)
+    agents = BatchedSAC(2, 3, 4, resolve("point_robot", hidden=8))
+    agents.actor.double()
+    agents.actor.weights[-1].data *= 20
+    states, noise = torch.randn(2, 50, 3, dtype=double), torch.randn(2, 50, 4, dtype=double)
+    mean, log_std = agents.actor(states).chunk(2, dim=-1)
+    assert log_std.max() > 2 and log_std.min() < -5
+    std = log_std.clamp(-5, 2).exp()
+    squash = distributions.TanhTransform(cache_size=1)
+    action = squash(mean + std * noise)
+    density = distributions.TransformedDistribution(distributions.Normal(mean, std), squash).log_prob(action).sum(-1)
+    near(agents.act(states, noise), (action, density))
+    near(agents.act(states)[0], mean.tanh())
+
+
+@pytest.mark.parametrize("name", ENVS)
+def test_stored_transitions_are_the_simulators(name, folder):
+    """Put back into the simulator, a stored state and action give the stored reward and the next stored state."""
+    data = load(f"{folder}/{name}.npz")
+    N, E, T = data["rewards"].shape
+    vec = make_vec(name, np.repeat(data["tasks"], E, axis=0))
+    vec.reset(seed=0)
+    compared = 0
+    for t in range(T):
+        s = data["states"][:, :, t].reshape(N * E, -1).astype(float)
+        if name == "point_robot":
+            vec.state = s
+        else:  # (time, qpos, qvel): cheetah shows its x, walker hides it
+            x = s[:, 17:18] if name == "cheetah_vel" else np.zeros((N * E, 1))
+            vec.state = np.concatenate([np.zeros((N * E, 1)), x, s[:, :17]], axis=1)
+        inside = np.ones(N * E, bool) if name != "walker_param" else (abs(s[:, 8:]) < 10).all(1)
+        observations, rewards, *_ = vec.step(data["actions"][:, :, t].reshape(N * E, -1))
+        np.testing.assert_allclose(rewards[inside], data["rewards"][:, :, t].reshape(-1)[inside], rtol=1e-3, atol=1e-3)
+        if t + 1 < T:
+            later = data["states"][:, :, t + 1].reshape(N * E, -1)
+            np.testing.assert_allclose(observations[inside], later[inside], rtol=1e-2, atol=1e-2)
+        compared += inside.sum()
+    assert compared > (0.2 if name == "walker_param" else 0.99) * N * E * T
+    if name == "point_robot":  # the same by hand
+        later = data["states"][:, :, :-1] + 0.1 * data["actions"][:, :, :-1]
+        np.testing.assert_allclose(later, data["states"][:, :, 1:], atol=1e-6)
+        distance = np.sqrt(((later - data["tasks"][:, None, None]) ** 2).sum(-1))
+        np.testing.assert_allclose(-distance, data["rewards"][:, :, :-1], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ENVS)
+def test_dataset_holds_what_it_says(name, folder):
+    """Shapes, types, split and settings; the first episode is uniformly random and not the expert's."""
+    data, family = load(f"{folder}/{name}.npz"), ENVS[name]
+    (train, test), E = ((5, 2), 8) if name == "point_robot" else ((2, 1), 3)
+    N, T, o, a = train + test, family.horizon, family.obs_dim, family.act_dim
+    f4, f8 = np.float32, np.float64
+    expected = {
+        "tasks": ((N, family.task_dim), f8), "test": ((N,), np.bool_), "states": ((N, E, T, o), f4),
+        "actions": ((N, E, T, a), f4), "rewards": ((N, E, T), f4), "expert_actions": ((N, E, T, a), f4),
+        "random_return": ((N,), f8), "expert_return": ((N,), f8),
+    }  # fmt: skip
+    info = data.pop("info")
+    assert {key: (array.shape, array.dtype.type) for key, array in data.items()} == expected
+    assert all(np.isfinite(array).all() for array in data.values())
+    assert data["test"].sum() == test and len(np.unique(data["tasks"], axis=0)) == N  # no task on both sides
+    np.testing.assert_array_equal(data["tasks"], sample_tasks(name, N, seed=3))
+    assert info["settings"]["env"] == name and info["settings"]["seed"] == 3 and info["versions"]["torch"]
+    assert abs(data["expert_actions"]).max() <= 1 and data["expert_actions"].std() > 0
+    random = data["actions"][:, 0]
+    assert abs(random).max() <= 1 and abs(random.mean()) < 0.1 and random.var() == pytest.approx(1 / 3, abs=0.05)
+    assert abs(random - data["expert_actions"][:, 0]).mean() > 0.1
+
+
+def test_stored_episodes_are_evenly_spaced_over_the_run(folder, tmp_path):
+    """The same run with all its episodes stored: the few are among them, in their order, from the first to the last."""
+    few = load(f"{folder}/point_robot.npz")
+    given = {**few["info"]["settings"], "out": str(tmp_path), "episodes": 20}
+    every = load(collect(given.pop("env"), **given))
+    matches = (few["actions"][:, :, None] == every["actions"][:, None]).all((0, 3, 4))  # (few, all)
+    assert (matches.sum(1) == 1).all()
+    places = matches.argmax(1)
+    assert places[0] == 0 and places[-1] == 19 and set(np.diff(places)) <= {2, 3}
+    np.testing.assert_array_equal(few["expert_actions"], every["expert_actions"][:, places])
+
+
+def test_unreadable_datasets_are_named_in_one_line(folder, tmp_path):
+    """Missing, cut, overwritten, foreign and outdated files all raise BadInput with one line that names the file."""
+
+    def written(save, *arrays, **named):
+        file = io.BytesIO()
+        save(file, *arrays, **named)
+        return file.getvalue()
+
+    whole, path = Path(f"{folder}/point_robot.npz").read_bytes(), tmp_path / "point_robot.npz"
+    data = load(f"{folder}/point_robot.npz")
+    cases = {
+        "empty": b"",
+        "text": b"step,loss\n1,0.5\n",
+        "cut": whole[: len(whole) // 2],
+        "overwritten": whole[:2000] + b"\x07" * 2000 + whole[4000:],
+        "one array": written(np.save, np.ones(3)),
+        "another program's": written(np.savez, x=np.ones(3)),
+        "another program's info": written(np.savez, info="some text"),
+        "outdated": written(np.savez, **{**data, "info": json.dumps({**data["info"], "format": 99})}),
+        "missing": None,
+    }
+    got = {}
+    for case, content in cases.items():
+        path.unlink() if content is None else path.write_bytes(content)
+        try:
+            load(path)
+        except Exception as error:
+            got[case] = isinstance(error, BadInput) and str(path) in str(error) and "\n" not in str(error) or repr(error)
+    assert got == dict.fromkeys(cases, True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Experts, routers and their losses
+
+
+def slow_gates(logits, k):
+    """For each token, the k largest logits' experts and their softmax among themselves: a list of dicts."""
+    gates = []
+    for row in logits:
+        best = sorted(range(len(row)), key=lambda i: -row[i].item())[:k]
+        gates.append({i: row[i].exp() / sum(row[j].exp() for j in best) for i in best})
+    return gates
+
+
+def slow_experts(experts, h, gates):
+    """Token by token, the gated sum of its experts' outputs."""
+
+    def gelu(x):
+        return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+    w1, w2 = experts.w1, experts.w2
+    return torch.stack([sum(g * (gelu(x @ w1[i]) @ w2[i]) for i, g in gate.items()) for x, gate in zip(h, gates)])
+
+
+def slow_balance(moe, gates, clean, noisy, sigma):
+    """w_imp CV(Imp)^2 + w_load CV(Load)^2, token by token and expert by expert."""
+    num = clean.shape[1]
+    importance = [sum(gate[i] for gate in gates if i in gate) for i in range(num)]
+    load = [0.0] * num
+    for c, x, s in zip(clean, noisy, sigma):
+        for i in range(num):
+            bar = sorted((x[j] for j in range(num) if j != i), reverse=True)[moe.top_k - 1]
+            load[i] = load[i] + (1 + torch.erf((c[i] - bar) / s[i] / math.sqrt(2))) / 2
+    cv = [((x - x.mean()) ** 2).mean() / x.mean() ** 2 for x in map(torch.stack, (importance, load))]
+    return moe.w_imp * cv[0] + moe.w_load * cv[1]
+
+
+@pytest.mark.parametrize("kind", ["token", "token, training", "task"])
+def test_moe_equals_a_loop_over_tokens(kind):
+    """Outputs, balance loss and all gradients (inputs, routers, experts) equal those of the loops above, in float64."""
+    torch.manual_seed(0)
+    h, h_mean, weight = (torch.randn(30, d, dtype=double) for d in (6, 6, 4))
+    if kind == "task":
+        moe = TaskMoE(6, 4, 7, num_experts=5, top_k=2).double()
+        router, inputs = moe.router.weight, [h, h_mean]
+    else:
+        moe = TokenMoE(6, 4, 7, num_experts=5, top_k=2, w_imp=3, w_load=7).double().train(kind != "token")
+        router, inputs = moe.router.weight, [h]
+    wanted = [x.requires_grad_() for x in inputs] + [router, moe.experts.w1, moe.experts.w2]
+    wanted += [moe.noise.weight] if kind == "token, training" else []
+    torch.manual_seed(1)
+    y, balance = (moe(h, h_mean), torch.zeros((), dtype=double)) if kind == "task" else moe(h)
+    got = torch.autograd.grad((y * weight).sum() + balance, wanted)
+
+    clean = noisy = inputs[-1] @ router.T
+    if kind == "token, training":
+        torch.manual_seed(1)
+        sigma = torch.log(1 + torch.exp(h @ moe.noise.weight.T)) + 1e-2
+        noisy = clean + torch.randn(30, 5, dtype=double) * sigma
+    gates = slow_gates(noisy, 2)
+    slow_y, slow_b = slow_experts(moe.experts, h, gates), torch.zeros((), dtype=double)
+    if kind == "token, training":
+        slow_b = slow_balance(moe, gates, clean, noisy, sigma)
+        assert slow_b > 0.05
+    near((y, balance), (slow_y, slow_b), 1e-8)
+    near(got, torch.autograd.grad((slow_y * weight).sum() + slow_b, wanted), 1e-8)
+
+    for n in range(5):  # a token leaves no gradient in the experts that it was not sent to
+        (g,) = torch.autograd.grad((moe(h, h_mean) if kind == "task" else moe.eval()(h)[0])[n].sum(), moe.experts.w1)
+        assert set(g.flatten(1).any(1).nonzero().flatten().tolist()) == set(slow_gates(clean, 2)[n])
+
+
+def test_load_is_a_probability():
+    """load_probability equals the share of 200,000 fresh draws of one expert's noise that lift it into the top k."""
+    rng = np.random.default_rng(0)
+    clean, sigma = rng.normal(size=(4, 5)), rng.uniform(0.5, 1.5, (4, 5))
+    noisy = clean + sigma * rng.normal(size=(4, 5))
+    for k in (1, 2, 3):
+        p = t2mir.load_probability(*map(torch.tensor, (clean, noisy, sigma)), k).numpy()
+        for n, i in np.ndindex(4, 5):
+            fresh = clean[n, i] + sigma[n, i] * rng.normal(size=200_000)
+            better = (np.delete(noisy[n], i)[:, None] > fresh).sum(0)
+            assert p[n, i] == pytest.approx((better < k).mean(), abs=0.006)  # five standard deviations
+        assert ((0.1 < p) & (p < 0.9)).sum() > 5  # and not all are near certain
+
+
+def test_balance_terms_reach_the_router_each_alone():
+    """CV^2 is variance over squared mean; importance alone and load alone give the router and W_noise a gradient."""
+    x = np.random.default_rng(0).uniform(1, 5, 7)
+    assert t2mir.cv_squared(torch.tensor(x)).item() == pytest.approx(x.var() / x.mean() ** 2, rel=1e-8)
+    assert t2mir.cv_squared(torch.full((4,), 3.0)).item() == 0
+    torch.manual_seed(0)
+    for weights in ((1.0, 0.0), (0.0, 1.0)):
+        moe = TokenMoE(6, 4, 7, 5, 2, *weights)
+        moe(torch.randn(30, 6))[1].backward()
+        assert moe.router.weight.grad.abs().max() > 1e-3 and moe.noise.weight.grad.abs().max() > 1e-4
+        assert moe.experts.w1.grad is None
+
+
+@pytest.mark.parametrize("sequences", [2, 4])
+def test_info_nce_equals_a_double_loop(sequences):
+    """Value and gradients, of the layer's own contrastive loss too: the keys are constants, their router learns nothing."""
+    torch.manual_seed(0)
+    ids = torch.arange(3).repeat(sequences)[torch.randperm(3 * sequences)]
+    moe = TaskMoE(6, 4, 7, num_experts=5, top_k=2).double()
+    torch.nn.init.normal_(moe.key_router.weight)
+    torch.nn.init.normal_(moe.W)
+    h = torch.randn(len(ids), 6, dtype=double, requires_grad=True)
+    z, keys = h @ moe.router.weight.T, (h @ moe.key_router.weight.T).detach()
+    losses = []
+    for i in range(len(ids)):
+        positive = negative = 0.0
+        for j in range(len(ids)):
+            score = (z[i] @ moe.W @ keys[j]).exp()
+            if ids[j] != ids[i]:
+                negative = negative + score
+            elif j != i:
+                positive = positive + score
+        losses.append(-(positive / (positive + negative)).log())
+    slow, wanted = sum(losses) / len(ids), [h, moe.router.weight, moe.W]
+    expected = torch.autograd.grad(slow, wanted, retain_graph=True)
+    for fast in (t2mir.info_nce(z, keys, moe.W, ids), moe.contrast(h, ids)):
+        near(fast, slow)
+        near(torch.autograd.grad(fast, wanted, retain_graph=True), expected)
+    moe.contrast(h, ids).backward()
+    assert moe.key_router.weight.grad is None and not moe.key_router.weight.requires_grad
+
+
+def test_key_router_is_a_moving_average():
+    """It starts as the router and then moves the fraction `momentum` of the way to it in each update."""
+    torch.manual_seed(0)
+    moe = TaskMoE(6, 4, 7, num_experts=5, top_k=2, momentum=0.1).double()
+    key = moe.router.weight.detach().numpy().copy()
+    for _ in range(4):
+        np.testing.assert_allclose(moe.key_router.weight.numpy(), key, rtol=1e-12)
+        torch.nn.init.normal_(moe.router.weight)
+        moe.update_key_router()
+        key = key + 0.1 * (moe.router.weight.detach().numpy() - key)
+
+
+@pytest.mark.parametrize("moe_layers", ["last", "all"])
+def test_variants_spend_equal_active_parameters(moe_layers):
+    """Feed-forward weights that a token is multiplied with: both MoEs, either alone and the dense baseline agree.
+
+    Counted from the shapes, top_k experts of each MoE; the routers, W_noise and W (some 20 d numbers) are left out.
+    """
+    counts = []
+    for token, task in itertools.product((False, True), repeat=2):
+        c = tiny("ad", moe_layers=moe_layers, n_layers=3, no_token_moe=token, no_task_moe=task)
+        model = T2MIR(c)
+        moes = [m for m in model.modules() if isinstance(m, (TokenMoE, TaskMoE))]
+        assert len(moes) == (2 - token - task) * (3 if moe_layers == "all" else 1)
+        routed = sum(c.top_k * (m.experts.w1[0].numel() + m.experts.w2[0].numel()) for m in moes)
+        counts.append(routed + sum(p.numel() for name, p in model.named_parameters() if ".mlp." in name))
+    dense = 12 * c.d_model**2 * 3 if moe_layers == "all" else (12 + 8 + 8) * c.d_model**2
+    assert counts == [dense] * 4
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model sees what it may
+
+
+def test_prefix_mean_equals_a_loop():
+    """Each token's mean runs over the tokens up to itself; a query's over its prefix and itself; also behind a past."""
+    rng = np.random.default_rng(0)
+    h, prefix = rng.normal(size=(2, 13, 4)), np.array([[0, 3, 9, 6], [9, 0, 1, 9]])
+    P = 9
+    slow = np.array([[row[: j + 1].mean(0) for j in range(P)] for row in h])
+    queries = [[np.array([*h[b, : prefix[b, q]], h[b, P + q]]).mean(0) for q in range(4)] for b in range(2)]
+    prompt = torch.tensor(h[:, :P])
+    near(t2mir.prefix_mean(prompt), torch.tensor(slow))
+    near(t2mir.prefix_mean(torch.tensor(h), torch.tensor(prefix)), torch.tensor(np.concatenate([slow, queries], axis=1)))
+    near(t2mir.prefix_mean(prompt[:, 5:], None, prompt[:, :5].sum(1), 5), torch.tensor(slow[:, 5:]))
+
+
+def changed(new, old):
+    """Which outputs (B, L) moved, (L,) bool; it must be the same ones in all sequences."""
+    moved = (new - old).abs().amax(-1) > 1e-9
+    assert (moved == moved[0]).all()
+    return moved[0].tolist()
+
+
+@torch.no_grad()
+def test_ad_sees_no_future():
+    """Another token at place j changes the outputs from j on and none before, through attention and the task router."""
+    model = tiny_model("ad").double()
+    x = torch.randn(2, 30, 16, dtype=double)
+    y = model.trunk(x)[0]
+    for j in range(30):
+        other = x.clone()
+        other[:, j] = torch.randn(16, dtype=double)
+        assert changed(model.trunk(other)[0], y) == [i >= j for i in range(30)]
+
+
+@torch.no_grad()
+def test_dpt_queries_see_their_prefix_and_themselves():
+    """The prompt is as if there were no queries; a query hears of its prefix and itself, of no other token or query."""
+    model = tiny_model("dpt").double()
+    P, prefix = 15, torch.tensor([0, 3, 7, 15, 15])
+    x = torch.randn(2, P + 5, 16, dtype=double)
+    y = model.trunk(x, prefix.repeat(2, 1))[0]
+    near(y[:, :P], model.trunk(x[:, :P])[0])
+    for j in range(P + 5):
+        other = x.clone()
+        other[:, j] = torch.randn(16, dtype=double)
+        prompt = [i >= j for i in range(P)]
+        queries = [j < n or j == P + q for q, n in enumerate(prefix)]
+        assert changed(model.trunk(other, prefix.repeat(2, 1))[0], y) == prompt + queries
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches and the action loss
+
+
+@pytest.mark.parametrize("mode, history", [("ad", "sorted"), ("ad", "chronological"), ("dpt", "sorted")])
+def test_batches(mode, history, folder):
+    """Two sequences of each of batch / 2 distinct training tasks; order of AD's episodes, DPT's labels and prefixes."""
+    data = load(f"{folder}/point_robot.npz")
+    parts = [data[key][~data["test"]] for key in ("states", "actions", "rewards", "expert_actions")]
+    batches = Batches(tiny(mode, history=history, queries=40), data)
+    prefixes, prompts, tasks_seen = set(), set(), set()
+    for _ in range(12):
+        batch = {key: value.numpy() for key, value in batches.next().items()}
+        ids, counts = np.unique(batch["task_ids"], return_counts=True)
+        assert len(ids) == 4 and (counts == 2).all()
+        tasks_seen |= set(ids)
+        for b, task in enumerate(batch["task_ids"]):
+            states, actions, rewards, labels = (part[task] for part in parts)
+            places = []
+            for episode in range(3 if mode == "ad" else 1):
+                (place,) = np.flatnonzero((states == batch["states"][b, episode]).all((1, 2)))
+                np.testing.assert_array_equal(actions[place], batch["actions"][b, episode])
+                np.testing.assert_array_equal(rewards[place], batch["rewards"][b, episode])
+                places.append(place)
+            prompts |= set(places)
+            if mode == "ad":
+                assert len(set(places)) == 3 == batch["states"].shape[1]
+                key = (lambda p: rewards[p].sum()) if history == "sorted" else int
+                assert places == sorted(places, key=key)
+            else:
+                for query, label in zip(batch["queries"][b], batch["labels"][b]):
+                    e, t = np.argwhere((states == query).all(-1))[0]
+                    np.testing.assert_array_equal(labels[e, t], label)
+        prefixes |= set(batch.get("prefix", np.zeros(0)).flatten().tolist())
+    assert tasks_seen == set(range(5)) and prompts == set(range(8))
+    assert prefixes == (set(range(0, 61, 3)) if mode == "dpt" else set())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["ad", "dpt"])
+def test_action_loss_equals_one_pass_for_each_prediction(mode, folder):
+    """The loss is the mean squared error of actions that are computed from nothing but what precedes them."""
+    model = tiny_model(mode, batch=4).double()
+    batch = Batches(model.config, load(f"{folder}/point_robot.npz")).next()
+    batch = {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
+    s, a, r = (batch[key].flatten(1, 2) for key in ("states", "actions", "rewards"))
+    x, errors = model.tokens(s, a, r, torch.arange(s.shape[1]) % 20), []
+    if mode == "ad":
+        for t in range(s.shape[1]):
+            errors.append(model.act(model.trunk(x[:, : 3 * t + 1])[0][:, -1]) - a[:, t])
+    else:
+        for b, q in np.ndindex(4, 6):
+            query = model.state_tokens(batch["queries"][b : b + 1, q : q + 1], 20)
+            seen = torch.cat([x[b : b + 1, : batch["prefix"][b, q]], query], dim=1)
+            errors.append(model.act(model.trunk(seen)[0][:, -1]) - batch["labels"][b, q])
+    near(model(batch)["action"], torch.stack(errors).square().mean(), 1e-7)  # it is added up in float32
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Acting in context
+
+
+CASES = [("ad", "sorted", "own"), ("ad", "chronological", "own"), ("ad", "sorted", "hidden"), ("ad", "sorted", "other")]
+CASES += [("dpt", "sorted", "own"), ("dpt", "sorted", "hidden"), ("dpt", "sorted", "other")]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode, history, context", CASES)
+def test_acting_with_the_cache_equals_the_full_pass(mode, history, context, monkeypatch):
+    """Every action of `evaluate` is that of one pass, without a cache, over all the tokens that its docstring says.
+
+    There are two tasks, so that "another task" is the other one. Two of AD's episodes and one of DPT's are remembered.
+    """
+    model, T, episodes, lived = tiny_model(mode, history=history), 20, 5, []
+
+    def recording(name, tasks):
+        env = make_vec(name, tasks)
+        reset, step = env.reset, env.step
+
+        def reset_and_note(**given):
+            lived.append([])
+            env.seen, info = reset(**given)
+            return env.seen, info
+
+        def step_and_note(actions):
+            result = step(actions)
+            lived[-1].append((env.seen, actions, result[1].astype(np.float32)))
+            env.seen = result[0]
+            return result
+
+        env.reset, env.step = reset_and_note, step_and_note
+        return env
+
+    monkeypatch.setattr(t2mir, "make_vec", recording)
+    returns = evaluate(model, np.array([[0.9, 0.1], [-0.4, -0.8]]), episodes, seed=4, context=context)
+    lived = [[torch.tensor(np.stack(part, axis=1)) for part in zip(*steps)] for steps in lived]  # (2, T, ...) each
+    assert [episode[0].shape for episode in lived] == [(2, T, 2)] * episodes
+    np.testing.assert_allclose(returns, [rewards.sum(1) for _, _, rewards in lived], rtol=1e-5)
+    assert torch.stack([actions for _, actions, _ in lived]).std(2).min() > 0.005  # the actions are no constants
+    reordered = 0
+    for e, i in itertools.product(range(episodes), range(2)):
+        owner = 1 - i if context == "other" else i
+        past = lived[max(0, e - (2 if mode == "ad" else 1)) : e] if context != "hidden" else []
+        if mode == "ad" and history == "sorted":
+            ordered = sorted(past, key=lambda episode: episode[2][owner].sum().item())
+            reordered += any(a is not b for a, b in zip(ordered, past))
+            past = ordered
+        past = [model.tokens(*(part[owner : owner + 1] for part in episode), torch.arange(T)) for episode in past]
+        states, actions, _ = (part[i : i + 1] for part in lived[e])
+        own = model.tokens(*(part[i : i + 1] for part in lived[e]), torch.arange(T))
+        others = model.tokens(*(part[owner : owner + 1] for part in lived[e]), torch.arange(T))
+        for t in range(T):
+            if mode == "ad":
+                now = own[:, 3 * t * (context == "hidden") :][:, : 1 if context == "hidden" else 3 * t + 1]
+            else:
+                so_far = [others[:, : 3 * t]] if e == 0 and context != "hidden" else []
+                now = torch.cat([*so_far, model.state_tokens(states[:, t : t + 1], T)], dim=1)
+            full = model.act(model.trunk(torch.cat([*past, now], dim=1))[0][:, -1])
+            near(actions[:, t], full, 1e-5)
+    assert reordered or mode == "dpt" or history == "chronological" or context == "hidden"  # sorting had work to do
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+@pytest.mark.parametrize("mode", ["ad", "dpt"])
+def test_a_tiny_model_learns_a_tiny_batch_by_heart(mode, folder):
+    """Trained on one batch with all its losses, the action loss falls below 2% of the targets' variance."""
+    torch.manual_seed(0)
+    c = tiny(mode, d_model=32, batch=4, context=1, queries=16)
+    model = T2MIR(c)
+    batch = Batches(c, load(f"{folder}/point_robot.npz")).next()
+    targets = batch["actions"] if mode == "ad" else batch["labels"]
+    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=5e-3)
+    for step in range(300):
+        losses = model.train()(batch)
+        optimizer.zero_grad()
+        (losses["action"] + losses["balance"] + c.w_con * losses["contrastive"]).backward()
+        optimizer.step()
+        if step % 25 == 24 and model.eval()(batch)["action"] < 0.02 * targets.var():
+            return
+    pytest.fail(f"the action loss is still {model.eval()(batch)['action'] / targets.var():.3f} of the variance")
+
+
+def short_run(mode, folder, runs, seed, name):
+    given = dict(n_layers=1, context=2, steps=6, eval_every=3, warmup=2, eval_episodes=2, dropout=0.1, seed=seed)
+    return t2mir.train(tiny(mode, **given, data=folder, runs=str(runs), name=name))
+
+
+def rows(path):
+    with open(path) as file:
+        return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("mode", ["ad", "dpt"])
+def test_a_run_repeats_and_leaves_its_folder(mode, folder, tmp_path, monkeypatch):
+    """Same seed, same log; other seed, another one. The checkpoint gives back the trained model, and it acts as logged."""
+    save, trained = t2mir.save, []
+
+    def save_and_keep(path, model, *rest):
+        trained.append(copy.deepcopy(model).eval())
+        save(path, model, *rest)
+
+    monkeypatch.setattr(t2mir, "save", save_and_keep)
+    run, again, other = (short_run(mode, folder, tmp_path, seed, f"run{i}") for i, seed in enumerate((5, 5, 6)))
+    log = rows(run / "log.csv")
+    assert [row["step"] for row in log] == ["3", "6"] and log == rows(again / "log.csv") != rows(other / "log.csv")
+    assert sorted(p.name for p in run.iterdir()) == ["ckpt.pt", "config.json", "incontext.csv", "incontext.png", "log.csv"]
+    assert json.loads((run / "config.json").read_text())["seed"] == 5
+    assert (run / "incontext.png").read_bytes()[:4] == b"\x89PNG"
+    model, content = t2mir.restore(run / "ckpt.pt")
+    assert content["step"] == 6 and not model.training
+    assert torch.load(run / "ckpt.pt", weights_only=True)["config"] == json.loads((run / "config.json").read_text())
+    data = load(f"{folder}/point_robot.npz")
+    batch = Batches(model.config, data).next()
+    for key, value in trained[1](batch).items():  # two checkpoints a run: trained[1] is the first run's last state
+        assert torch.equal(value, model(batch)[key]) and not torch.equal(value, trained[0](batch)[key]) or value == 0
+    low, high, tasks = (data[key][data["test"]] for key in ("random_return", "expert_return", "tasks"))
+    returns = evaluate(model, tasks, 2, seed=1)
+    said = [row for row in rows(run / "incontext.csv") if row["context"] == "own"]
+    np.testing.assert_allclose([float(row["return"]) for row in said], returns.mean(1), rtol=1e-4)
+    np.testing.assert_allclose([float(row["score"]) for row in said], ((returns - low) / (high - low)).mean(1), rtol=1e-3)
+    seen = data["states"][~data["test"]].reshape(-1, 2)
+    near(model.state_mean, torch.tensor(seen.mean(0)), 1e-5)  # the test tasks' states are not in the normalisation
+    near(model.state_std, torch.tensor(seen.std(0)), 1e-5)
+    (tmp_path / "cut.pt").write_bytes((run / "ckpt.pt").read_bytes()[:5000])
+    for name in ("cut.pt", "missing.pt"):
+        with pytest.raises(BadInput, match=name):
+            t2mir.restore(tmp_path / name)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+WRONG = ["--env nope", "--mode nope", "--nope 1", "--lr abc", "--lr nan", "--steps 0", "--d_model 30", "--moe_layers 9"]
+WRONG += ["--moe_layers x", "--batch 7", "--top_k 6", "--dropout 1", "--history nope", "--dtype nope", "--device nope"]
+
+
+@pytest.mark.parametrize("argv", WRONG)
+def test_a_wrong_flag_is_named(argv, folder, tmp_path):
+    """main raises BadInput with one line that holds the flag and, where there is one, the value."""
+    with pytest.raises(BadInput) as caught:
+        t2mir.main([*argv.split(), "--data", folder, "--runs", str(tmp_path / "runs")])
+    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in argv.split() if word != "1")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dataset_that_does_not_fit_is_named(folder, tmp_path):
+    """Another family's data under this one's name, a truncated file, too few tasks or episodes; no run folder is left."""
+    point, cheetah = (Path(f"{folder}/{name}.npz").read_bytes() for name in ("point_robot", "cheetah_vel"))
+    cases = [(cheetah, "", "cheetah_vel"), (point[:3000], "", "damaged"), (point, "--batch 64", "--batch 64")]
+    cases += [(point, "--mode ad --batch 4 --context 9", "--context 9")]
+    for content, argv, message in cases:
+        (tmp_path / "point_robot.npz").write_bytes(content)
+        with pytest.raises(BadInput, match=message) as caught:
+            t2mir.main([*argv.split(), "--data", str(tmp_path), "--runs", str(tmp_path / "runs")])
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "runs").exists(), f"{message}: {list((tmp_path / 'runs').iterdir())}"
+
+
+@pytest.mark.parametrize("given", [{"episodes": 100_000}, {"random_steps": 2000}, {"lr": -1.0}, {"hidden": 0}])
+def test_collect_refuses_nonsense(given, tmp_path):
+    """collect raises BadInput before it writes anything."""
+    with pytest.raises(BadInput, match=f"--{next(iter(given))}"):
+        collect("point_robot", out=str(tmp_path / "data"), **given)
+    assert not (tmp_path / "data").exists()
+
+
+COMMANDS = ["t2mir.py --env nope", "t2mir.py --lr abc", "t2mir.py --data .", "collect.py --episodes 100000"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_bad_input_ends_in_one_line_and_code_2(command, tmp_path):
+    """At the command line: exit code 2, one line on stderr, no new file."""
+    (tmp_path / "point_robot.npz").write_bytes(b"no dataset")
+    script, *argv = command.split()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [sys.executable, HERE / script, *argv], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: ") and ended.stderr.endswith("\n") and ended.stderr.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["point_robot.npz"]
