@@ -2,7 +2,7 @@
 
 A task is a row of a float64 array `tasks` of shape (num_tasks, task_dim); what the row means is said in each class.
 `make_vec(name, tasks)` steps all tasks together: one sub-environment a row, all of the same fixed horizon, none
-terminating early, so that they start and end in step. `gymnasium.make(id, task=row)` is a batch of one of the same code.
+terminating early, so that they start and end together. `gymnasium.make(id, task=row)` is a batch of one of the same.
 
 Actions live in the box [-1, 1] (what lies outside is clipped), observations are float32, the physics is float64.
 """

@@ -3,14 +3,14 @@
     python t2mir.py --env point_robot --mode dpt
 
 The paper: Wu et al., "Mixture-of-Experts Meets In-Context Reinforcement Learning", NeurIPS 2025, arXiv 2506.05426.
-The numbers (1) to (6) below are the README's; each stands where its equation is computed. To be read from top to bottom:
+The numbers (1) to (6) below are the README's; each stands where its equation is computed. Read it from top to bottom:
 config, attention, experts and routers, losses, block and model, data, evaluation, training, figures, main.
 
 What this model does that a plain causal transformer does not:
 - three tokens a step (state, action, reward), each kind with its own embedding, and a time step within the episode;
 - in the blocks named by `moe_layers` the feed-forward layer is two mixtures of experts side by side: the token-wise one
   routes each token, the task-wise one routes by the mean of all tokens seen so far, so by what the task looks like;
-- the task router is trained as a task encoder: InfoNCE pulls sequences of one task together (a momentum copy is the key);
+- the task router is trained as a task encoder: InfoNCE pulls sequences of one task together, keys from a momentum copy;
 - DPT has queries: states at the end of the sequence that see a prefix of the prompt and themselves, never one another.
 """
 
@@ -48,10 +48,10 @@ class Config:
     env: str = flag("point_robot", f"task family: {', '.join(ENVS)}")
     mode: str = flag("dpt", "ad (Algorithm Distillation) or dpt (Decision-Pretrained Transformer)")
     # model
-    d_model: int = flag(128, "width of the token embeddings")
+    d_model: int = flag(64, "width of the token embeddings")
     n_layers: int = flag(3, "transformer blocks")
-    n_heads: int = flag(8, "attention heads")
-    dropout: float = flag(0.05, "dropout of the embeddings and of each sublayer's output")
+    n_heads: int = flag(4, "attention heads")
+    dropout: float = flag(0.0, "dropout of the embeddings and of each sublayer's output")
     # mixture of experts
     moe_layers: str = flag("last", "blocks with a T2MIR layer: last, all, or indices such as 0,2")
     token_experts: int = flag(6, "experts of the token-wise MoE (the paper's K1)")
@@ -72,12 +72,13 @@ class Config:
     # optimisation
     steps: int = flag(2_000, "training steps")
     batch: int = flag(32, "sequences in a batch: two from each of batch / 2 tasks")
-    lr: float = flag(1e-3, "AdamW's peak learning rate")
+    lr: float = flag(3e-3, "AdamW's peak learning rate")
     warmup: int = flag(100, "steps of linear warm-up; a cosine to zero follows")
     weight_decay: float = flag(1e-4, "AdamW's weight decay")
     clip: float = flag(1.0, "largest norm of the gradient")
     # evaluation
     eval_every: int = flag(500, "training steps between evaluations on the test tasks; a checkpoint goes with each")
+    explore: float = flag(0.6, "deviation of the noise on the actions of the first episode, when nothing is in context")
     eval_episodes: int = flag(10, "episodes that a test task is acted in, in one context")
     # system
     seed: int = flag(0, "random seed of training (the data has its own)")
@@ -104,14 +105,16 @@ class Config:
         return [int(i) for i in self.moe_layers.split(",")]
 
 
-# The paper's sizes where they differ from Config's defaults. Steps are a laptop's; the paper trains for 100,000.
+# Point-Robot's sizes are a laptop's: the paper has d_model 128, 8 heads, dropout 0.05, batch 32, lr 3e-4, and 10,000
+# steps of warm-up in 100,000. The MuJoCo tasks have the paper's sizes and too few steps: their recipe is not found yet.
+MUJOCO = dict(d_model=128, dropout=0.05, lr=3e-4, steps=1_000, eval_every=250)
 PRESETS = {
     ("point_robot", "dpt"): {},
-    ("point_robot", "ad"): dict(w_imp=0.1, w_load=0.1),
-    ("cheetah_vel", "dpt"): dict(n_layers=4, n_heads=4),
-    ("cheetah_vel", "ad"): dict(d_model=256, batch=24, w_imp=0.1, w_load=0.1),
-    ("walker_param", "dpt"): dict(n_layers=4, n_heads=4),
-    ("walker_param", "ad"): dict(d_model=256, batch=24, w_imp=0.1, w_load=0.1),
+    ("point_robot", "ad"): dict(batch=16, steps=4_000, w_imp=0.1, w_load=0.1),
+    ("cheetah_vel", "dpt"): dict(MUJOCO, n_layers=4),
+    ("cheetah_vel", "ad"): dict(MUJOCO, d_model=256, n_heads=8, batch=24, w_imp=0.1, w_load=0.1),
+    ("walker_param", "dpt"): dict(MUJOCO, n_layers=4),
+    ("walker_param", "ad"): dict(MUJOCO, d_model=256, n_heads=8, batch=24, w_imp=0.1, w_load=0.1),
 }
 
 
@@ -153,10 +156,11 @@ def make_config(env="point_robot", mode="dpt", **given):
 
 
 def visible(length, prefix=None, past=0, device=None):
-    """Which token sees which, bool, True for yes: (L, past + L) of a causal sequence behind `past` cached tokens, or,
+    """Which token sees which, as a bool mask, True where the row's token sees the column's.
 
-    with `prefix` (B, Q), (B, 1, L, L) of a prompt of L - Q tokens followed by Q queries: query q of sequence b sees the
-    first prefix[b, q] prompt tokens and itself.
+    Without `prefix`: a causal sequence behind `past` cached tokens, (L, past + L). With `prefix` (B, Q): a causal
+    prompt of L - Q tokens, then Q queries, (B, 1, L, L): query q of sequence b sees the first prefix[b, q] prompt tokens and
+    itself, never another query; the prompt sees no query.
     """
     mask = torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
     if prefix is None:
@@ -285,9 +289,9 @@ class TaskMoE(nn.Module):
 def prefix_mean(h, prefix=None, past_sum=None, past=0):
     """Mean of the layer's inputs over the tokens that each token may attend to, itself included; (B, L, d_model).
 
-    Why the prefix and not the whole sequence: a causal model acts when the future is not there yet. A mean over the whole
-    sequence would train the router, and through it every token, on tokens that attention is forbidden to see.
-    Arguments as of `visible`; past_sum (B, d_model) is the sum over the `past` cached tokens.
+    Why the prefix and not the whole sequence: when the agent acts, the future is not there yet. A mean over the whole
+    sequence would show the router, and through it every token, what attention is forbidden to see, and what the agent
+    will miss. Arguments as of `visible`; past_sum (B, d_model) is the sum over the `past` cached tokens.
     """
     h = h.float() if h.dtype == torch.bfloat16 else h
     Q = 0 if prefix is None else prefix.shape[1]
@@ -332,7 +336,9 @@ def info_nce(z, k, W, task_ids):
     scores = z @ W @ k.T  # (B, B)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     positive = (task_ids[:, None] == task_ids) & ~itself
-    return (scores.masked_fill(itself, -math.inf).logsumexp(1) - scores.masked_fill(~positive, -math.inf).logsumexp(1)).mean()
+    return (
+        scores.masked_fill(itself, -math.inf).logsumexp(1) - scores.masked_fill(~positive, -math.inf).logsumexp(1)
+    ).mean()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -383,7 +389,7 @@ class Block(nn.Module):
             self.mlp = nn.Sequential(nn.Linear(d, width, bias=False), nn.GELU(), nn.Linear(width, d, bias=False))
 
     def forward(self, x, mask, prefix, cache=None):
-        """x (B, L, d_model) -> the same, the prefix means of the feed-forward part's input (or None), the balance loss."""
+        """x (B, L, d_model) -> the same, the prefix means that the task router saw (or None), the balance loss."""
         x = x + self.dropout(self.attention(self.norm1(x), mask, cache))
         h = self.norm2(x)
         if self.moe is None:
@@ -462,9 +468,11 @@ class T2MIR(nn.Module):
             x, means, balance = self.trunk(x)
             predicted, wanted = self.act(x[:, 0::3]), actions.flatten(1, 2)  # (B, K * T, act_dim)
         else:
-            # DPT: one episode as prompt, then the queries. They come last because the prompt must not see them: one prompt
-            # serves them all, and at acting time its cached keys and values stay valid whatever is asked.
-            x, means, balance = self.trunk(torch.cat([x, self.state_tokens(batch["queries"], self.horizon)], dim=1), batch["prefix"])
+            # DPT: one episode as prompt, then the queries. They come last, so that the prompt cannot see them: one
+            # prompt serves them all, and when acting its cached keys and values stay valid whatever is asked.
+            x, means, balance = self.trunk(
+                torch.cat([x, self.state_tokens(batch["queries"], self.horizon)], dim=1), batch["prefix"]
+            )
             predicted, wanted = self.act(x[:, n:]), batch["labels"]  # (B, Q, act_dim)
         zero = predicted.new_zeros((), dtype=torch.float32)
         contrastive = zero
@@ -487,7 +495,7 @@ class T2MIR(nn.Module):
 class Cache:
     """What the past leaves behind: keys and values of every block, and the sum of the MoE's inputs for `prefix_mean`.
 
-    Buffers are allocated for `capacity` tokens of `batch` sequences. What a forward pass writes counts only after `keep`.
+    Buffers hold `capacity` tokens of `batch` sequences. What a forward pass writes counts only after `keep`.
     """
 
     def __init__(self, model, batch, capacity):
@@ -503,7 +511,7 @@ class Cache:
         return self
 
     def extend(self, k, v):
-        """Puts k and v (B, heads, L, ...) of the current layer behind the kept ones and returns both with their past."""
+        """Puts k and v (B, heads, L, ...) of the current layer behind the kept ones; returns both with their past."""
         self.new = k.shape[2]
         end = self.length + self.new
         self.kv[self.index, 0, :, :, self.length : end] = k
@@ -541,30 +549,32 @@ class Batches:
         if c.batch // 2 > train.sum():
             raise BadInput(f"--batch {c.batch} needs {c.batch // 2} training tasks, the dataset has {train.sum()}")
         if c.mode == "ad" and c.context > data["states"].shape[1]:
-            raise BadInput(f"--context {c.context} is more than the dataset's {data['states'].shape[1]} episodes a task")
+            raise BadInput(
+                f"--context {c.context} is more than the dataset's {data['states'].shape[1]} episodes a task"
+            )
         self.c = c
         self.rng = torch.Generator(c.device).manual_seed(c.seed)
         keys = ("states", "actions", "rewards", "expert_actions")
         tensors = (torch.as_tensor(data[key][train], device=c.device) for key in keys)
         self.states, self.actions, self.rewards, self.labels = tensors  # (tasks, E, T, ...)
-        self.returns = self.rewards.sum(-1)  # (tasks, E)
+        self.by_return = self.rewards.sum(-1).argsort(dim=1, stable=True)  # (tasks, E) episodes, worst to best
 
     def draw(self, *shape, below):
         return torch.randint(below, shape, generator=self.rng, device=self.c.device)
 
     def next(self):
-        """A batch as a dict: states, actions, rewards (B, n, T, ...) of n context episodes, task_ids (B,), and for DPT
+        """Draws a batch, a dict of states, actions, rewards (B, n, T, ...) of n context episodes, and task_ids (B,).
 
-        queries (B, Q, obs_dim), their labels (B, Q, act_dim) and how many prompt tokens each sees, prefix (B, Q).
+        DPT adds queries (B, Q, obs_dim), labels (B, Q, act_dim), and how many prompt tokens each sees, prefix (B, Q).
         """
         c, (num_tasks, E, T) = self.c, self.rewards.shape
         task = torch.rand(num_tasks, generator=self.rng, device=c.device).argsort()[: c.batch // 2].repeat(2)  # (B,)
         if c.mode == "ad":
-            # K distinct episodes; the history is stored in the order of learning, so sorting indices sorts by age.
-            episode = torch.rand(c.batch, E, generator=self.rng, device=c.device).argsort(1)[:, : c.context].sort(1).values
-            if c.history == "sorted":
-                order = self.returns[task[:, None], episode].argsort(dim=1, stable=True)
-                episode = episode.gather(1, order)
+            # K distinct episodes, from the worst to the best, or from the first to the last.
+            place = (
+                torch.rand(c.batch, E, generator=self.rng, device=c.device).argsort(1)[:, : c.context].sort(1).values
+            )
+            episode = place if c.history == "chronological" else self.by_return[task[:, None], place]
         else:
             episode = self.draw(c.batch, 1, below=E)  # a prompt of any quality
         at = task[:, None], episode
@@ -572,7 +582,11 @@ class Batches:
         if c.mode == "dpt":
             shape = c.batch, c.queries
             at = task[:, None], self.draw(*shape, below=E), self.draw(*shape, below=T)
-            batch |= {"queries": self.states[at], "labels": self.labels[at], "prefix": 3 * self.draw(*shape, below=T + 1)}
+            batch |= {
+                "queries": self.states[at],
+                "labels": self.labels[at],
+                "prefix": 3 * self.draw(*shape, below=T + 1),
+            }
         return batch
 
 
@@ -594,9 +608,9 @@ def open_dataset(c):
 
 @torch.no_grad()
 def evaluate(model, tasks, episodes, seed=0, context="own"):
-    """Acts in unseen `tasks` (num_tasks, task_dim), all together and without a weight update; returns of each episode,
+    """Acts in unseen `tasks` (num_tasks, task_dim), all together, no weight update; returns (episodes, num_tasks).
 
-    (episodes, num_tasks). AD's context is its last K - 1 finished episodes, ordered as in training, and the episode so
+    AD's context is its last K - 1 finished episodes, ordered as in training, and the episode so
     far; DPT's is its last finished episode, or in the first one the episode so far. As controls, `context` may be
     "hidden" (an empty context at every step) or "other" (the remembered episodes are those of the task before; in DPT's
     first episode also the steps so far, while AD always sees the running episode's own steps).
@@ -605,7 +619,10 @@ def evaluate(model, tasks, episodes, seed=0, context="own"):
     was_training = model.training
     model.eval()
     env = make_vec(c.env, tasks)
-    remembered = deque(maxlen=c.context - 1 if c.mode == "ad" else 1)  # episodes (states, actions, rewards), (N, T, ...)
+    remembered = deque(
+        maxlen=c.context - 1 if c.mode == "ad" else 1
+    )  # episodes (states, actions, rewards), (N, T, ...)
+    rng = torch.Generator(device).manual_seed(seed)
     cache = Cache(model, N, 3 * T * (remembered.maxlen + 1) + 1)
     returns = []
     for episode in range(episodes):
@@ -631,6 +648,11 @@ def evaluate(model, tasks, episodes, seed=0, context="own"):
                 actions = model.extend(cache, token if waiting is None else torch.cat([waiting, token], dim=1))
             else:
                 actions = model.extend(cache, model.state_tokens(states[:, None], T), keep=False)
+            if episode == 0:
+                # With nothing in context, the mean over all tasks is to stand still, and standing still shows nothing.
+                # So the first episode draws from a Gaussian around the mean, like the loss; later ones take the mean.
+                noise = torch.randn(actions.shape, generator=rng, device=device)
+                actions = (actions + c.explore * noise).clamp(-1, 1)
             observed, rewards, *_ = env.step(actions.float().cpu().numpy())
             rewards = torch.as_tensor(rewards, dtype=torch.float32, device=device)
             steps.append((states, actions, rewards))
@@ -704,7 +726,9 @@ def train(c, resume=None):
     torch.manual_seed(c.seed)
     states = data["states"][~data["test"]].reshape(-1, data["states"].shape[-1])
     std = states.std(0, dtype=np.float64)
-    mean, std = (torch.tensor(x, dtype=torch.float32) for x in (states.mean(0, dtype=np.float64), np.where(std > 1e-6, std, 1)))
+    mean, std = (
+        torch.tensor(x, dtype=torch.float32) for x in (states.mean(0, dtype=np.float64), np.where(std > 1e-6, std, 1))
+    )
     model = T2MIR(c, mean, std).to(c.device)
     optimizer = torch.optim.AdamW(
         (p for p in model.parameters() if p.requires_grad), c.lr, weight_decay=c.weight_decay, fused=c.device != "mps"
@@ -766,8 +790,9 @@ def train(c, resume=None):
             sums, seconds, since = torch.zeros_like(sums), 0.0, done
             save(folder / "ckpt.pt", model, optimizer, batches, done, [sums, seconds, since])
             progress.write(
-                f"step {done}/{c.steps}: loss {means[0]:.4f} (action {means[1]:.4f}, balance {means[2]:.4f}, contrastive "
-                f"{means[3]:.4f}), test return {last[0]:.2f} (score {last[1]:.3f}), {rows[-1][-1]:,} tokens/s"
+                f"step {done}/{c.steps}: loss {means[0]:.4f} (action {means[1]:.4f}, balance {means[2]:.4f}, "
+                f"contrastive {means[3]:.4f}), test return {last[0]:.2f} (score {last[1]:.3f}), "
+                f"{rows[-1][-1]:,} tokens/s"
             )
         elif stop.is_set():
             save(folder / "ckpt.pt", model, optimizer, batches, done, [sums, seconds, since])
@@ -782,7 +807,9 @@ def train(c, resume=None):
     for context, returns in result.items():
         score = normalised(returns, data)
         for episode, (r, s) in enumerate(zip(returns, score), 1):
-            rows.append([context, episode, f"{r.mean():.6g}", f"{s.mean():.6g}", f"{s.std(ddof=1) / len(s) ** 0.5:.6g}"])
+            rows.append(
+                [context, episode, f"{r.mean():.6g}", f"{s.mean():.6g}", f"{s.std(ddof=1) / len(s) ** 0.5:.6g}"]
+            )
     write_csv(folder / "incontext.csv", ["context", "episode", "return", "score", "score_se_over_tasks"], rows)
     plot_incontext(folder, result, data)
     own = normalised(result["own"], data).mean(1)
@@ -790,7 +817,9 @@ def train(c, resume=None):
     print("test return:        " + " ".join(f"{x:7.2f}" for x in result["own"].mean(1)))
     print("normalised score:   " + " ".join(f"{x:7.3f}" for x in own))
     for context in ("hidden", "other"):
-        print(f"  context {context}:".ljust(20) + " ".join(f"{x:7.3f}" for x in normalised(result[context], data).mean(1)))
+        print(
+            f"  context {context}:".ljust(20) + " ".join(f"{x:7.3f}" for x in normalised(result[context], data).mean(1))
+        )
     print(f"picture: {folder / 'incontext.png'}")
     return folder
 
@@ -846,9 +875,9 @@ def mean_se(values):
 
 
 def figures(runs, out):
-    """Compares finished runs: prints a Markdown table, mean ± standard error over the runs (seeds) of a variant, and
+    """Compares finished runs, each with its last state: a Markdown table, results.csv and pictures in folder `out`.
 
-    writes it with results.csv and the figures into folder `out`. Every run counts with its last state.
+    The table has mean ± standard error over the runs (seeds) of a variant.
     """
     from matplotlib.figure import Figure
 
@@ -859,15 +888,19 @@ def figures(runs, out):
         c = Config(**json.loads((run / "config.json").read_text()))
         rows = read_csv(run / "incontext.csv")
         scores = {k: [float(r["score"]) for r in rows if r["context"] == k] for k in ("own", "hidden", "other")}
-        groups.setdefault((c.env, c.variant), []).append((c, scores, read_csv(run / "log.csv")))
-        table += [[c.env, c.variant, c.seed, c.steps, r["context"], r["episode"], r["return"], r["score"]] for r in rows]
+        groups.setdefault((c.env, c.variant), []).append((c, scores, read_csv(run / "log.csv"), run))
+        table += [
+            [c.env, c.variant, c.seed, c.steps, r["context"], r["episode"], r["return"], r["score"]] for r in rows
+        ]
     lines = [
         "| environment | agent | seeds | episode 1 | episode 2 | episodes 2 to last | last episode | context hidden | "
         "another task's context |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for (env, variant), members in groups.items():
-        own, hidden, other = (np.array([m[1][k] for m in members]) for k in ("own", "hidden", "other"))  # (runs, episodes)
+        own, hidden, other = (
+            np.array([m[1][k] for m in members]) for k in ("own", "hidden", "other")
+        )  # (runs, episodes)
         columns = own[:, 0], own[:, 1], own[:, 1:].mean(1), own[:, -1], hidden[:, 1:].mean(1), other[:, 1:].mean(1)
         lines.append(f"| {env} | {variant} | {len(members)} | " + " | ".join(map(mean_se, columns)) + " |")
     print("\n".join(lines))
@@ -886,8 +919,8 @@ def figures(runs, out):
         left, right = fig.subplots(1, 2)
         for color, ((_, variant), members) in enumerate((k, v) for k, v in groups.items() if k[0] == env):
             steps = [int(row["step"]) for row in members[0][2]]
-            returns = np.array([[float(row["test_return"]) for row in log] for _, _, log in members])
-            scores = np.array([scores["own"] for _, scores, _ in members])
+            returns = np.array([[float(row["test_return"]) for row in log] for _, _, log, _ in members])
+            scores = np.array([scores["own"] for _, scores, _, _ in members])
             for ax, x, y in ((left, steps, returns), (right, np.arange(1, scores.shape[1] + 1), scores)):
                 error = y.std(0, ddof=1) / len(y) ** 0.5 if len(y) > 1 else 0 * y[0]
                 ax.plot(x, y.mean(0), "o-", ms=3, color=f"C{color}", label=f"{variant} ({len(y)} seeds)")
@@ -897,6 +930,118 @@ def figures(runs, out):
         right.axhline(1, color="k", ls="--", lw=1)
         right.legend(fontsize=7)
         save_figure(fig, out / f"{env}.png")
+
+        # What the routers do (one run of each T2MIR variant), and whether tasks' gradients conflict.
+        data = open_dataset(groups[next(k for k in groups if k[0] == env)][0][0])
+        for (e, variant), members in groups.items():
+            if e == env and variant in ("T2MIR-AD", "T2MIR-DPT"):
+                plot_routing(members[0][3], data, out)
+        if env == "point_robot":
+            plot_gradients({k[1]: [m[3] for m in v] for k, v in groups.items() if k[0] == env}, data, out)
+
+
+@torch.no_grad()
+def routing(model, data, tasks, episodes):
+    """Logits of the last T2MIR layer's routers on stored episodes of `tasks` (bool mask), evenly spaced over the run.
+
+    Each episode is a context of its own: (n, 3 T, K1) and (n, 3 T, K2), n = tasks * episodes; None where a MoE is off.
+    """
+    moe, seen = [b.moe for b in model.blocks if b.moe is not None][-1], {}
+    hooks = [
+        m.router.register_forward_hook(lambda _, x, y, name=name: seen.update({name: y}))
+        for name, m in (("token", moe.token_moe), ("task", moe.task_moe))
+        if m is not None
+    ]
+    at = np.linspace(0, data["rewards"].shape[1] - 1, episodes).astype(int)
+    device = model.state_mean.device
+    parts = (
+        torch.as_tensor(data[k][tasks][:, at], device=device).flatten(0, 1) for k in ("states", "actions", "rewards")
+    )
+    x = model.tokens(*parts, torch.arange(model.horizon, device=device))
+    model.trunk(x)
+    for hook in hooks:
+        hook.remove()
+    return tuple(seen[name].view(*x.shape[:2], -1).cpu() if name in seen else None for name in ("token", "task"))
+
+
+def plot_routing(folder, data, out, episodes=10):
+    """Draws Fig. 1 of the paper, t-SNE of both routers' logits on unseen tasks, and how the task router settles.
+
+    The latter is the share of the full episode's top-k experts that are already chosen after each step.
+    """
+    from matplotlib.figure import Figure
+    from sklearn.manifold import TSNE
+
+    model, _ = restore(folder / "ckpt.pt")
+    tasks = data["test"]
+    token, task = routing(model, data, tasks, episodes)
+    if token is None or task is None:
+        return
+    fig = Figure(figsize=(13, 3.8))
+    left, middle, right = fig.subplots(1, 3)
+    pick = np.random.default_rng(0).choice(token.shape[0] * token.shape[1], 1500, replace=False)
+    points = TSNE(random_state=0).fit_transform(token.flatten(0, 1)[pick].numpy())
+    for kind, label in enumerate(("state", "action", "reward")):
+        left.scatter(*points[pick % 3 == kind].T, s=4, label=label)
+    left.legend(markerscale=3, fontsize=7)
+    left.set(title="token-wise router", xticks=[], yticks=[])
+    points = TSNE(random_state=0, perplexity=20).fit_transform(task[:, -1].numpy())
+    value = data["tasks"][tasks]
+    value = np.arctan2(value[:, 1], value[:, 0]) if model.config.env == "point_robot" else value[:, 0]
+    colors = middle.scatter(*points.T, c=np.repeat(value, episodes), cmap="hsv" if value.min() < 0 else "viridis", s=10)
+    fig.colorbar(colors, ax=middle, label="direction of the goal" if value.min() < 0 else "task parameter")
+    middle.set(title="task-wise router, after a whole episode", xticks=[], yticks=[])
+    k = model.config.top_k
+    chosen = torch.zeros_like(task).scatter(2, task.topk(k, dim=2).indices, 1)  # (n, 3 T, K2)
+    agreement = (chosen * chosen[:, -1:]).sum(2)[:, 2::3] / k  # (n, T), after each step
+    error = agreement.std(0) / len(agreement) ** 0.5
+    x = np.arange(1, model.horizon + 1)
+    right.plot(x, agreement.mean(0))
+    right.fill_between(x, agreement.mean(0) - error, agreement.mean(0) + error, alpha=0.2, lw=0)
+    right.set(xlabel="steps of the task seen", ylabel="share of the final experts", title="how the task router settles")
+    save_figure(fig, out / f"{folder.name}-routing.png")
+
+
+def gradient_cosines(folder, data, batches=20):
+    """Cosine similarity, (4, 4), between the gradients of L_action of Point-Robot's four quadrants (I to IV), Fig. 8.
+
+    A quadrant's gradient is that of its training tasks, with respect to the last T2MIR layer (or the dense one there).
+    """
+    model, _ = restore(folder / "ckpt.pt")
+    c = model.config
+    block = model.blocks[max(c.moe_blocks)]
+    parameters = [p for p in (block.mlp if block.moe is None else block.moe).parameters() if p.requires_grad]
+    x, y = data["tasks"].T
+    rows = []
+    for quadrant in ((x > 0) & (y > 0), (x < 0) & (y > 0), (x < 0) & (y < 0), (x > 0) & (y < 0)):
+        members = quadrant & ~data["test"]
+        some = Batches(dataclasses.replace(c, batch=2 * int(members.sum())), {**data, "test": ~members})
+        loss = sum(model(some.next())["action"] for _ in range(batches))
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        rows.append(
+            torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, gradients)])
+        )
+    g = F.normalize(torch.stack(rows), dim=1)
+    return g @ g.T
+
+
+def plot_gradients(runs, data, out):
+    """Fig. 8: `gradient_cosines` averaged over the runs of each variant, side by side. runs: variant -> run folders."""
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(3.2 * len(runs), 3.2))
+    for ax, (variant, folders) in zip(fig.subplots(1, len(runs), squeeze=False)[0], runs.items()):
+        cosines = torch.stack([gradient_cosines(f, data) for f in folders]).mean(0)
+        ax.imshow(cosines, vmin=-1, vmax=1, cmap="RdBu_r")
+        for i in range(4):
+            for j in range(4):
+                ax.text(j, i, f"{cosines[i, j]:.2f}", ha="center", va="center", fontsize=8)
+        between = cosines[~torch.eye(4, dtype=torch.bool)].mean()
+        names = ["I", "II", "III", "IV"]
+        ax.set(
+            xticks=range(4), yticks=range(4), xticklabels=names, yticklabels=names, title=f"{variant}: {between:.2f}"
+        )
+    save_figure(fig, out / "gradients.png")
 
 
 def main(argv):

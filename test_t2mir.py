@@ -51,7 +51,9 @@ def folder(tmp_path_factory):
 def tiny(mode, **given):
     """A config small enough for a test, with a T2MIR layer in every block and no dropout."""
     sizes = dict(d_model=16, n_layers=2, n_heads=2, dropout=0.0, moe_layers="all", token_experts=4, task_experts=5)
-    return make_config("point_robot", mode, **{**sizes, "context": 3, "queries": 6, "batch": 8, **given})
+    return make_config(
+        "point_robot", mode, **{**sizes, "context": 3, "queries": 6, "batch": 8, "explore": 0.0, **given}
+    )
 
 
 def tiny_model(mode, **given):
@@ -373,7 +375,9 @@ def test_unreadable_datasets_are_named_in_one_line(folder, tmp_path):
         try:
             load(path)
         except Exception as error:
-            got[case] = isinstance(error, BadInput) and str(path) in str(error) and "\n" not in str(error) or repr(error)
+            got[case] = (
+                isinstance(error, BadInput) and str(path) in str(error) and "\n" not in str(error) or repr(error)
+            )
     assert got == dict.fromkeys(cases, True)
 
 
@@ -547,7 +551,9 @@ def test_prefix_mean_equals_a_loop():
     queries = [[np.array([*h[b, : prefix[b, q]], h[b, P + q]]).mean(0) for q in range(4)] for b in range(2)]
     prompt = torch.tensor(h[:, :P])
     near(t2mir.prefix_mean(prompt), torch.tensor(slow))
-    near(t2mir.prefix_mean(torch.tensor(h), torch.tensor(prefix)), torch.tensor(np.concatenate([slow, queries], axis=1)))
+    near(
+        t2mir.prefix_mean(torch.tensor(h), torch.tensor(prefix)), torch.tensor(np.concatenate([slow, queries], axis=1))
+    )
     near(t2mir.prefix_mean(prompt[:, 5:], None, prompt[:, :5].sum(1), 5), torch.tensor(slow[:, 5:]))
 
 
@@ -754,7 +760,13 @@ def test_a_run_repeats_and_leaves_its_folder(mode, folder, tmp_path, monkeypatch
     run, again, other = (short_run(mode, folder, tmp_path, seed, f"run{i}") for i, seed in enumerate((5, 5, 6)))
     log = rows(run / "log.csv")
     assert [row["step"] for row in log] == ["3", "6"] and log == rows(again / "log.csv") != rows(other / "log.csv")
-    assert sorted(p.name for p in run.iterdir()) == ["ckpt.pt", "config.json", "incontext.csv", "incontext.png", "log.csv"]
+    assert sorted(p.name for p in run.iterdir()) == [
+        "ckpt.pt",
+        "config.json",
+        "incontext.csv",
+        "incontext.png",
+        "log.csv",
+    ]
     assert json.loads((run / "config.json").read_text())["seed"] == 5
     assert (run / "incontext.png").read_bytes()[:4] == b"\x89PNG"
     model, content = t2mir.restore(run / "ckpt.pt")
@@ -768,7 +780,9 @@ def test_a_run_repeats_and_leaves_its_folder(mode, folder, tmp_path, monkeypatch
     returns = evaluate(model, tasks, 2, seed=1)
     said = [row for row in rows(run / "incontext.csv") if row["context"] == "own"]
     np.testing.assert_allclose([float(row["return"]) for row in said], returns.mean(1), rtol=1e-4)
-    np.testing.assert_allclose([float(row["score"]) for row in said], ((returns - low) / (high - low)).mean(1), rtol=1e-3)
+    np.testing.assert_allclose(
+        [float(row["score"]) for row in said], ((returns - low) / (high - low)).mean(1), rtol=1e-3
+    )
     seen = data["states"][~data["test"]].reshape(-1, 2)
     near(model.state_mean, torch.tensor(seen.mean(0)), 1e-5)  # the test tasks' states are not in the normalisation
     near(model.state_std, torch.tensor(seen.std(0)), 1e-5)
@@ -808,7 +822,7 @@ def test_a_dataset_that_does_not_fit_is_named(folder, tmp_path):
         assert not (tmp_path / "runs").exists(), f"{message}: {list((tmp_path / 'runs').iterdir())}"
 
 
-@pytest.mark.parametrize("given", [{"episodes": 100_000}, {"random_steps": 2000}, {"lr": -1.0}, {"hidden": 0}])
+@pytest.mark.parametrize("given", [{"episodes": 100_000}, {"random_steps": 2200}, {"lr": -1.0}, {"hidden": 0}])
 def test_collect_refuses_nonsense(given, tmp_path):
     """collect raises BadInput before it writes anything."""
     with pytest.raises(BadInput, match=f"--{next(iter(given))}"):
@@ -826,7 +840,12 @@ def test_bad_input_ends_in_one_line_and_code_2(command, tmp_path):
     script, *argv = command.split()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
-        [sys.executable, HERE / script, *argv], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, HERE / script, *argv],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: ") and ended.stderr.endswith("\n") and ended.stderr.count("\n") == 1
