@@ -49,20 +49,34 @@ def flag(default, text):
     return dataclasses.field(default=default, metadata={"help": text})
 
 
+class Parser(argparse.ArgumentParser):
+    """An argparse parser that raises BadInput instead of printing its usage."""
+
+    def error(self, message):
+        raise BadInput(f"{message} (--help lists the flags)")
+
+
 def parse_flags(cls, argv, **extra):
     """Reads the flags of dataclass `cls` from argv; returns a dict of those that were given.
 
     `extra` adds flags that are no fields: name=dict of argparse settings. A bad flag exits with code 2 and one line.
     """
-    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda message: (_ for _ in ()).throw(BadInput(f"{message} (--help lists the flags)"))
+    parser = Parser(allow_abbrev=False)
     for f in dataclasses.fields(cls):
-        default = "per environment" if f.default is None else f.default
+        default = "differs by environment" if f.default is None else f.default
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "metavar": f.type.__name__.upper()}
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f"{f.metadata['help']} [{default}]", **kind)
     for name, settings in extra.items():
         parser.add_argument(f"--{name}", **{"default": argparse.SUPPRESS, **settings})
     return vars(parser.parse_args(argv))
+
+
+def check_device(device):
+    """Raises BadInput where torch cannot put a tensor on `device`."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch builds without CUDA assert
+        raise BadInput(f"--device {device} does not work here ({str(error).splitlines()[0]}): use cpu") from None
 
 
 def write_atomically(path, write):
@@ -232,10 +246,11 @@ def resolve(name, **given):
         raise BadInput(
             f"--episodes {s.episodes} is more than {s.steps} steps make ({total} a task): more --steps, or fewer"
         )
-    if s.steps <= s.random_steps:
+    if s.steps // ENVS[name].horizon * ENVS[name].horizon <= s.random_steps:
         raise BadInput(f"--steps {s.steps} leaves nothing to learn from after --random_steps {s.random_steps}")
-    if not torch.device(s.device).type == "cpu" and not torch.cuda.is_available():
-        raise BadInput(f"--device {s.device}: no CUDA device is here, use --device cpu")
+    if s.buffer < s.copies:
+        raise BadInput(f"--buffer {s.buffer} must hold at least one step of all --copies {s.copies}")
+    check_device(s.device)
     return s
 
 
@@ -266,7 +281,7 @@ def collect(name, **given):
     # the reward grows. Later the first copy acts on the policy's mean, noiseless even while it is wrong, the last one
     # draws from the policy, and those between have less noise. SAC learns from any of it.
     hold = 2 ** torch.arange(c, device=device)[:, None]
-    boldness = torch.linspace(0, 1, c, device=device)[:, None]
+    boldness = torch.linspace(1, 0, c, device=device).flip(0)[:, None]  # a single copy draws from the policy
     actions = empty(c, family.act_dim)
     curve = []
     start = time.time()

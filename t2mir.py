@@ -19,11 +19,13 @@ import dataclasses
 import io
 import json
 import math
+import pickle
 import signal
 import sys
 import threading
 import time
 from collections import deque
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +35,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from collect import BadInput, collect, flag, load, parse_flags, write_atomically
+from collect import BadInput, check_device, collect, flag, load, parse_flags, write_atomically
 from envs import ENVS, make_vec
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -78,7 +80,9 @@ class Config:
     clip: float = flag(1.0, "largest norm of the gradient")
     # evaluation
     eval_every: int = flag(500, "training steps between evaluations on the test tasks; a checkpoint goes with each")
-    explore: float = flag(0.6, "deviation of the noise on the actions of the first episode, when nothing is in context")
+    explore: float = flag(
+        0.6, "standard deviation of the noise on the actions of the first episode, when nothing is in context"
+    )
     eval_episodes: int = flag(10, "episodes that a test task is acted in, in one context")
     # system
     seed: int = flag(0, "random seed of training (the data has its own)")
@@ -90,7 +94,7 @@ class Config:
 
     @property
     def variant(self):
-        """What stands in the table's first column: T2MIR-DPT, DPT, T2MIR-AD (no_balance), ..."""
+        """The agent's name in tables and figures: T2MIR-DPT, DPT, T2MIR-AD (no_balance), ..."""
         if self.no_token_moe and self.no_task_moe:
             return self.mode.upper()
         off = [f.name for f in dataclasses.fields(self) if f.type is bool and getattr(self, f.name)]
@@ -106,7 +110,7 @@ class Config:
 
 
 # Point-Robot's sizes are a laptop's: the paper has d_model 128, 8 heads, dropout 0.05, batch 32, lr 3e-4, and 10,000
-# steps of warm-up in 100,000. The MuJoCo tasks have the paper's sizes and too few steps: their recipe is not found yet.
+# steps of warm-up in 100,000. The MuJoCo tasks have the paper's sizes and few steps: they run, they are not tuned.
 MUJOCO = dict(d_model=128, dropout=0.05, lr=3e-4, steps=1_000, eval_every=250)
 PRESETS = {
     ("point_robot", "dpt"): {},
@@ -136,18 +140,16 @@ def make_config(env="point_robot", mode="dpt", **given):
         blocks_fit = all(0 <= i < c.n_layers for i in c.moe_blocks)
     except ValueError:
         blocks_fit = False
-    device = c.device.split(":")[0]
-    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     for wrong, message in (
         (not blocks_fit, f"--moe_layers {c.moe_layers}: last, all, or block indices below {c.n_layers} such as 0,2"),
         (c.d_model % (2 * c.n_heads), f"--d_model {c.d_model} must be a multiple of twice --n_heads {c.n_heads}"),
         (c.batch % 2, f"--batch {c.batch} must be even: two sequences a task"),
         (c.top_k >= min(c.token_experts, c.task_experts), f"--top_k {c.top_k} must be below the numbers of experts"),
         (c.dropout >= 1, f"--dropout {c.dropout} must be below 1"),
-        (not here.get(device), f"--device {c.device} is not here: use --device cpu"),
     ):
         if wrong:
             raise BadInput(message)
+    check_device(c.device)
     return c
 
 
@@ -159,8 +161,8 @@ def visible(length, prefix=None, past=0, device=None):
     """Which token sees which, as a bool mask, True where the row's token sees the column's.
 
     Without `prefix`: a causal sequence behind `past` cached tokens, (L, past + L). With `prefix` (B, Q): a causal
-    prompt of L - Q tokens, then Q queries, (B, 1, L, L): query q of sequence b sees the first prefix[b, q] prompt tokens and
-    itself, never another query; the prompt sees no query.
+    prompt of L - Q tokens, then Q queries, (B, 1, L, L): query q of sequence b sees the first prefix[b, q] prompt
+    tokens and itself, never another query; the prompt sees no query.
     """
     mask = torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
     if prefix is None:
@@ -173,7 +175,7 @@ def visible(length, prefix=None, past=0, device=None):
 
 
 class Attention(nn.Module):
-    """Multi-head attention; a `mask` of None means plain causal. `cache` is a Cache's view of this layer, or None."""
+    """Multi-head attention; a `mask` of None means plain causal. `cache` is None, or a Cache set to this layer."""
 
     def __init__(self, d_model, n_heads):
         super().__init__()
@@ -185,7 +187,7 @@ class Attention(nn.Module):
         B, L, D = x.shape
         q, k, v = self.qkv(x).view(B, L, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, L, D / heads)
         if cache is not None:
-            k, v = cache.extend(k, v)  # (B, heads, past + L, D / heads)
+            k, v = cache.append(k, v)  # (B, heads, past + L, D / heads)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.out(y.transpose(1, 2).reshape(B, L, D))
 
@@ -208,7 +210,7 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(num, hidden, d_out).uniform_(-1, 1) * hidden**-0.5)
 
     def forward(self, h, gates, chosen):
-        """sum_k gates[n, k] * E_chosen[n, k](h[n]): h (N, d_in), gates and chosen (N, top_k) -> (N, d_out)."""
+        """sum_k gates[n, k] E_i(h[n]), i = chosen[n, k]: h (N, d_in), gates and chosen (N, top_k) -> (N, d_out)."""
         order = chosen.flatten().argsort(stable=True)  # pairs of (token, choice), by expert
         token = order // chosen.shape[1]  # (N * top_k,)
         counts = chosen.flatten().bincount(minlength=len(self.w1)).tolist()
@@ -240,11 +242,13 @@ class TokenMoE(nn.Module):
             exact = h.float() if h.dtype == torch.bfloat16 else h
             clean = noisy = self.router(exact)  # g(h), (N, K1)
             if self.training:
-                # Noisy top-k routing: now and then a token tries its next best expert, which could otherwise never show
-                # what it can do; and it makes the load below a probability, which has a gradient (a count has none).
+                # Noisy top-k routing: sometimes a token tries an expert that it would not choose, and that could
+                # otherwise never show what it can do; and the load below becomes a probability, which has a gradient
+                # (a count has none).
                 sigma = F.softplus(self.noise(exact)) + 1e-2  # the constant keeps the division in the load finite
                 noisy = clean + torch.randn_like(clean) * sigma
-            # (1) Token-wise MoE: y_tok = sum_i w_tok(i; h) E_i(h), w_tok = softmax(topk(G_tok(h))).
+            # (1) Token-wise MoE: y_tok = sum_i w_tok(i; h) E_i(h), w_tok = softmax(topk(G_tok(h))), G_tok(h) the noisy
+            # logits. The weights are made here; the sum over experts is in `Experts`.
             gates, chosen = top_k_gates(noisy, self.top_k)
             balance = clean.new_zeros(())
             if self.training:
@@ -269,8 +273,8 @@ class TaskMoE(nn.Module):
 
     def forward(self, h, h_mean):
         """h and h_mean (N, d_model), h_mean from `prefix_mean` -> y_task (N, d_out)."""
-        # (3) Task-wise MoE: y_task = sum_i w_task(i; h_mean) E_i(h). The experts act on the token; which ones, is the
-        # task's choice, made from what has been seen of the task up to this token.
+        # (3) Task-wise MoE: y_task = sum_i w_task(i; h_mean) E_i(h). The experts act on the token; the task decides
+        # which ones, by what has been seen of it up to this token. The sum is in `Experts`, as for (1).
         with torch.autocast(h.device.type, enabled=False):
             gates, chosen = top_k_gates(self.router(h_mean), self.top_k)
         return self.experts(h, gates, chosen)
@@ -348,8 +352,8 @@ def info_nce(z, k, W, task_ids):
 class T2MIRLayer(nn.Module):
     """(5) T2MIR layer: h + concat(y_tok, y_task), each half as wide as h; a MoE that stands alone takes the full width.
 
-    Active parameters are those of a dense layer 6 d_model wide, 12 d_model^2: with both MoEs, four experts of
-    (d -> 2d -> d/2); with one, two experts of (d -> 3d -> d). The residual sum is in `Block`.
+    At top_k 2, active parameters are those of a dense layer 6 d_model wide, 12 d_model^2: with both MoEs, four experts
+    of (d -> 2d -> d/2); with one, two experts of (d -> 3d -> d). The residual sum is in `Block`.
     """
 
     def __init__(self, c):
@@ -398,7 +402,7 @@ class Block(nn.Module):
         if self.moe.task_moe is not None:
             h_mean = prefix_mean(h, prefix) if cache is None else cache.prefix_mean(h)
         y, balance = self.moe(h, h_mean)
-        return x + self.dropout(y), h_mean, balance
+        return x + self.dropout(y), h_mean, balance  # (5) the residual sum
 
 
 class T2MIR(nn.Module):
@@ -445,7 +449,8 @@ class T2MIR(nn.Module):
         x, means, balance = self.dropout(x), [], 0.0
         for i, block in enumerate(self.blocks):
             x, h_mean, b = block(x, mask, prefix, None if cache is None else cache.layer(i))
-            means += [] if h_mean is None else [h_mean]
+            if h_mean is not None:
+                means.append(h_mean)
             balance = balance + b
         return self.norm(x), means, balance
 
@@ -464,7 +469,8 @@ class T2MIR(nn.Module):
         x = self.tokens(states.flatten(1, 2), actions.flatten(1, 2), rewards.flatten(1, 2), times)
         n = x.shape[1]  # tokens in the context
         if self.config.mode == "ad":
-            # AD: a context of K episodes, worst to best; the action of each step is predicted at its state token.
+            # AD: a context of K episodes, ordered by `history`; the action that the learning agent took at each step is
+            # predicted at the step's state token.
             x, means, balance = self.trunk(x)
             predicted, wanted = self.act(x[:, 0::3]), actions.flatten(1, 2)  # (B, K * T, act_dim)
         else:
@@ -481,7 +487,7 @@ class T2MIR(nn.Module):
                 contrastive = contrastive + moe.contrast(h_mean[:, n - 1], batch["task_ids"])
         return {"action": F.mse_loss(predicted.float(), wanted), "balance": balance + zero, "contrastive": contrastive}
 
-    def extend(self, cache, x, keep=True):
+    def step(self, cache, x, keep=True):
         """One cached step: tokens x (B, L, d_model) behind those in `cache` -> action (B, act_dim) of the last token.
 
         `keep` adds x to the cache; DPT's queries are not kept.
@@ -495,6 +501,7 @@ class T2MIR(nn.Module):
 class Cache:
     """What the past leaves behind: keys and values of every block, and the sum of the MoE's inputs for `prefix_mean`.
 
+    The model is causal, so no later token changes any of it: acting with the cache equals the full pass.
     Buffers hold `capacity` tokens of `batch` sequences. What a forward pass writes counts only after `keep`.
     """
 
@@ -510,7 +517,7 @@ class Cache:
         self.index = index
         return self
 
-    def extend(self, k, v):
+    def append(self, k, v):
         """Puts k and v (B, heads, L, ...) of the current layer behind the kept ones; returns both with their past."""
         self.new = k.shape[2]
         end = self.length + self.new
@@ -635,7 +642,7 @@ def evaluate(model, tasks, episodes, seed=0, context="own"):
             if context == "other":
                 memory = [part.roll(1, dims=0) for part in memory]
             times = torch.arange(T, device=device).repeat(len(remembered))
-            model.extend(cache, model.tokens(*(part.flatten(1, 2) for part in memory), times))
+            model.step(cache, model.tokens(*(part.flatten(1, 2) for part in memory), times))
         steps = []
         states = torch.as_tensor(env.reset(seed=seed if episode == 0 else None)[0], device=device)
         waiting = None  # AD: the last step's action and reward tokens, to be fed together with the next state's
@@ -645,12 +652,12 @@ def evaluate(model, tasks, episodes, seed=0, context="own"):
                 waiting = None
             if c.mode == "ad":
                 token = model.state_tokens(states[:, None], t)
-                actions = model.extend(cache, token if waiting is None else torch.cat([waiting, token], dim=1))
+                actions = model.step(cache, token if waiting is None else torch.cat([waiting, token], dim=1))
             else:
-                actions = model.extend(cache, model.state_tokens(states[:, None], T), keep=False)
+                actions = model.step(cache, model.state_tokens(states[:, None], T), keep=False)
             if episode == 0:
-                # With nothing in context, the mean over all tasks is to stand still, and standing still shows nothing.
-                # So the first episode draws from a Gaussian around the mean, like the loss; later ones take the mean.
+                # With nothing in context, the mean over Point-Robot's tasks is to stand still, which shows nothing. So
+                # the first episode draws from a Gaussian around the mean, like the loss; later ones take the mean.
                 noise = torch.randn(actions.shape, generator=rng, device=device)
                 actions = (actions + c.explore * noise).clamp(-1, 1)
             observed, rewards, *_ = env.step(actions.float().cpu().numpy())
@@ -660,7 +667,7 @@ def evaluate(model, tasks, episodes, seed=0, context="own"):
             if c.mode == "ad":
                 waiting = triple[:, 1:]
             elif episode == 0 and context != "hidden":
-                model.extend(cache, triple.roll(1, dims=0) if context == "other" else triple)
+                model.step(cache, triple.roll(1, dims=0) if context == "other" else triple)
             states = torch.as_tensor(observed, device=device)
         episode_data = [torch.stack(part, dim=1) for part in zip(*steps)]
         remembered.append(episode_data)
@@ -690,11 +697,11 @@ def learning_rate(step, c):
 def save(path, model, optimizer, batches, step, pending):
     """Writes a checkpoint: all that is needed to act (`config`, `model`) and to go on training.
 
-    `pending` is what the log has not seen yet: the losses summed since step `since`, and the seconds they took.
+    `pending` is what the log has not seen yet: the sums of the losses, and the step after which they begin.
     """
     rng = {"torch": torch.get_rng_state(), "batches": batches.rng.get_state()}
-    if torch.cuda.is_available():
-        rng["cuda"] = torch.cuda.get_rng_state()
+    if model.state_mean.is_cuda:
+        rng["cuda"] = torch.cuda.get_rng_state(model.state_mean.device)
     content = {"config": dataclasses.asdict(model.config), "model": model.state_dict()}
     content |= {"optimizer": optimizer.state_dict(), "rng": rng, "step": step, "pending": pending}
     write_atomically(path, lambda file: torch.save(content, file))
@@ -708,10 +715,27 @@ def restore(path, device="cpu"):
         model.load_state_dict(content["model"])
     except FileNotFoundError:
         raise BadInput(f"{path} is missing: name the folder of a run that has saved a checkpoint") from None
-    except Exception as e:  # torch.load raises half a dozen kinds on damaged files
-        first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise BadInput(f"{path} is damaged or does not fit this code ({first}): train again") from None
+    except (OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadInput(f"{path} is damaged or does not fit this code ({reason}): train again") from None
     return model.eval(), content
+
+
+@contextmanager
+def interruptible():
+    """Yields an event that Ctrl-C sets, so that the step in progress can end and be saved; a second one breaks in."""
+    stop = threading.Event()
+
+    def handler(*_):
+        if stop.is_set():
+            raise KeyboardInterrupt("stopped at once")
+        stop.set()
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def train(c, resume=None):
@@ -721,8 +745,10 @@ def train(c, resume=None):
     Raises BadInput where the data does not fit, and FloatingPointError on a loss that is no number.
     """
     data = open_dataset(c)
-    name = c.name or "-".join([c.env, *c.variant.replace("T2MIR-", "t2mir_").split(), f"seed{c.seed}"])
-    folder = Path(c.runs) / name.lower().translate(str.maketrans("", "", "(),"))
+    default = "-".join([c.env, *c.variant.replace("T2MIR-", "t2mir_").split(), f"seed{c.seed}"]).lower()
+    folder = Path(c.runs) / (c.name or default.translate(str.maketrans("", "", "(),")))
+    if resume is None and (folder / "ckpt.pt").exists():
+        raise BadInput(f"{folder} holds a run: go on with --resume {folder}, take another --name, or delete it")
     torch.manual_seed(c.seed)
     states = data["states"][~data["test"]].reshape(-1, data["states"].shape[-1])
     std = states.std(0, dtype=np.float64)
@@ -743,66 +769,70 @@ def train(c, resume=None):
         batches.rng.set_state(resume["rng"]["batches"].cpu())
         torch.set_rng_state(resume["rng"]["torch"].cpu())
         if "cuda" in resume["rng"]:
-            torch.cuda.set_rng_state(resume["rng"]["cuda"].cpu())
+            torch.cuda.set_rng_state(resume["rng"]["cuda"].cpu(), c.device)
     write_atomically(folder / "config.json", lambda f: f.write(json.dumps(dataclasses.asdict(c), indent=1).encode()))
     columns = ["step", "loss", "action", "balance", "contrastive", "test_return", "test_score", "tokens_per_s"]
     rows = []
-    if start_step:
-        with open(folder / "log.csv") as file:
-            rows = [row for row in csv.reader(file)][1:]
-        rows = [row for row in rows if int(row[0]) <= start_step]
+    if (folder / "log.csv").exists():
+        with open(folder / "log.csv", newline="") as file:
+            rows = [row for row in list(csv.reader(file))[1:] if int(row[0]) <= start_step]
 
     context_tokens = 3 * model.horizon * (c.context if c.mode == "ad" else 1)
     tokens = c.batch * (context_tokens + (c.queries if c.mode == "dpt" else 0))  # a step
     autocast = torch.autocast(c.device.split(":")[0], torch.bfloat16, enabled=c.dtype == "bfloat16")
-    sums, seconds, since = (torch.zeros(4, device=c.device), 0.0, 0) if resume is None else resume["pending"]
-    stop = threading.Event()  # Ctrl-C ends the run after the step in progress, with a checkpoint
-    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
+    sums, since = (torch.zeros(4), 0) if resume is None else resume["pending"]
+    sums = sums.to(c.device)
     model.train()
-    progress = tqdm(range(start_step, c.steps), initial=start_step, total=c.steps, desc=folder.name, disable=None)
-    for step in progress:
-        began = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, c)
-        with autocast:
-            losses = model(batches.next())
-        loss = losses["action"] + losses["balance"] + c.w_con * losses["contrastive"]  # (6) the objective
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), c.clip)
-        optimizer.step()
-        for moe in model.task_moes:
-            moe.update_key_router()
-        sums += torch.stack([loss, losses["action"], losses["balance"], losses["contrastive"]]).detach()
-        seconds += time.perf_counter() - began
-        done = step + 1
-        if done % c.eval_every == 0 or done == c.steps:
-            means = (sums / (done - since)).tolist()  # the only wait for the device in the loop
-            if not all(map(math.isfinite, means)):
-                raise FloatingPointError(
-                    f"the loss is {means[0]} in steps {since + 1} to {done}: {folder / 'ckpt.pt'} is the last good "
-                    f"state, if there is one; try a smaller --lr"
+    started = clock = time.perf_counter()
+    with interruptible() as stop:
+        progress = tqdm(range(start_step, c.steps), initial=start_step, total=c.steps, desc=folder.name, disable=None)
+        for step in progress:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, c)
+            with autocast:
+                losses = model(batches.next())
+            loss = losses["action"] + losses["balance"] + c.w_con * losses["contrastive"]  # (6) the objective
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), c.clip)
+            optimizer.step()
+            for moe in model.task_moes:
+                moe.update_key_router()
+            sums += torch.stack([loss, losses["action"], losses["balance"], losses["contrastive"]]).detach()
+            done = step + 1
+            if done % c.eval_every == 0 or done == c.steps or stop.is_set():
+                means = (sums / (done - since)).tolist()  # beside the experts' counts, the only wait for the device
+                speed = tokens * (done - max(since, start_step)) / (time.perf_counter() - clock)
+                if not all(map(math.isfinite, means)):
+                    raise FloatingPointError(
+                        f"the loss is {means[0]} in steps {since + 1} to {done}: {folder / 'ckpt.pt'} is the last good "
+                        f"state, if there is one; try a smaller --lr"
+                    )
+                if stop.is_set() and done < c.steps:
+                    save(folder / "ckpt.pt", model, optimizer, batches, done, [sums, since])
+                    raise KeyboardInterrupt(f"stopped after step {done}, go on with: python t2mir.py --resume {folder}")
+                returns = evaluate(model, test_tasks, c.eval_episodes)
+                last = returns[-1].mean(), normalised(returns, data)[-1].mean()
+                rows.append([done, *(f"{x:.6g}" for x in (*means, *last)), round(speed)])
+                write_csv(folder / "log.csv", columns, rows)
+                sums, since = torch.zeros_like(sums), done
+                save(folder / "ckpt.pt", model, optimizer, batches, done, [sums, since])
+                left = (time.perf_counter() - started) / (done - start_step) * (c.steps - done)
+                progress.write(
+                    f"step {done}/{c.steps}: loss {means[0]:.4f} (action {means[1]:.4f}, balance {means[2]:.4f}, "
+                    f"contrastive {means[3]:.4f}), test return {last[0]:.2f} (score {last[1]:.3f}), "
+                    f"{speed:,.0f} tokens/s, {left:.0f} s left"
                 )
-            returns = evaluate(model, test_tasks, c.eval_episodes)
-            last = returns[-1].mean(), normalised(returns, data)[-1].mean()
-            rows.append([done, *(f"{x:.6g}" for x in (*means, *last)), round(tokens * (done - since) / seconds)])
-            write_csv(folder / "log.csv", columns, rows)
-            sums, seconds, since = torch.zeros_like(sums), 0.0, done
-            save(folder / "ckpt.pt", model, optimizer, batches, done, [sums, seconds, since])
-            progress.write(
-                f"step {done}/{c.steps}: loss {means[0]:.4f} (action {means[1]:.4f}, balance {means[2]:.4f}, "
-                f"contrastive {means[3]:.4f}), test return {last[0]:.2f} (score {last[1]:.3f}), "
-                f"{rows[-1][-1]:,} tokens/s"
-            )
-        elif stop.is_set():
-            save(folder / "ckpt.pt", model, optimizer, batches, done, [sums, seconds, since])
-            raise KeyboardInterrupt(f"stopped after step {done}; go on with: python t2mir.py --resume {folder}")
-    signal.signal(signal.SIGINT, before)
+                clock = time.perf_counter()
+    report(folder, model, data)
+    return folder
 
-    # The last state, acting in the test tasks: with its own context, and with the two controls.
-    result = {}
+
+def report(folder, model, data):
+    """Acts in the test tasks, with its own context and with the two controls: prints, incontext.csv, incontext.png."""
+    result, tasks = {}, data["tasks"][data["test"]]
     for context in ("own", "hidden", "other"):
-        result[context] = evaluate(model, test_tasks, c.eval_episodes, seed=1, context=context)
+        result[context] = evaluate(model, tasks, model.config.eval_episodes, seed=1, context=context)
     rows = []
     for context, returns in result.items():
         score = normalised(returns, data)
@@ -821,7 +851,6 @@ def train(c, resume=None):
             f"  context {context}:".ljust(20) + " ".join(f"{x:7.3f}" for x in normalised(result[context], data).mean(1))
         )
     print(f"picture: {folder / 'incontext.png'}")
-    return folder
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -837,7 +866,6 @@ def write_csv(path, columns, rows):
 def save_figure(fig, path):
     fig.tight_layout()
     write_atomically(path, lambda file: fig.savefig(file, dpi=150, format="png"))
-    print(f"wrote {path}") if path.name != "incontext.png" else None
 
 
 def plot_incontext(folder, result, data):
@@ -853,7 +881,7 @@ def plot_incontext(folder, result, data):
         ax.plot(x, mean, "o-", color=color, label=labels[context], ms=4)
         ax.fill_between(x, mean - error, mean + error, color=color, alpha=0.2, lw=0)
     for key, style in (("expert_return", "--"), ("random_return", ":")):
-        ax.axhline(data[key][data["test"]].mean(), color="k", ls=style, lw=1, label=f"{key.split('_')[0]} (SAC)"[:6])
+        ax.axhline(data[key][data["test"]].mean(), color="k", ls=style, lw=1, label=key.split("_")[0])
     ax.set(xlabel="episode in context", ylabel="return on unseen tasks", title=folder.name)
     ax.legend(fontsize=7)
     save_figure(fig, folder / "incontext.png")
@@ -883,12 +911,18 @@ def figures(runs, out):
 
     groups, table = {}, []
     for run in map(Path, runs):
-        if not (run / "config.json").exists():
-            raise BadInput(f"{run} is no run folder: it has no config.json")
-        c = Config(**json.loads((run / "config.json").read_text()))
+        try:
+            c = make_config(**json.loads((run / "config.json").read_text()))
+        except (OSError, TypeError, ValueError) as error:
+            raise BadInput(f"{run} is no folder of a run that this code can read ({error})") from None
         rows = read_csv(run / "incontext.csv")
         scores = {k: [float(r["score"]) for r in rows if r["context"] == k] for k in ("own", "hidden", "other")}
-        groups.setdefault((c.env, c.variant), []).append((c, scores, read_csv(run / "log.csv"), run))
+        members = groups.setdefault((c.env, c.variant), [])
+        members.append((c, scores, read_csv(run / "log.csv"), run))
+        for f in dataclasses.fields(c):
+            a, b = getattr(members[0][0], f.name), getattr(c, f.name)
+            if a != b and f.name not in ("seed", "device", "data", "runs", "name"):
+                raise BadInput(f"{members[0][3]} and {run} are no seeds of one agent: --{f.name} is {a} and {b}")
         table += [
             [c.env, c.variant, c.seed, c.steps, r["context"], r["episode"], r["return"], r["score"]] for r in rows
         ]
@@ -914,7 +948,7 @@ def figures(runs, out):
     write_atomically(out / "results.md", lambda file: file.write(("\n".join(lines) + "\n").encode()))
 
     # Fig. 3 of the paper (test return against training step), and the same agents' scores against episode in context.
-    for env in {env for env, _ in groups}:
+    for env in dict.fromkeys(env for env, _ in groups):
         fig = Figure(figsize=(9, 3.4))
         left, right = fig.subplots(1, 2)
         for color, ((_, variant), members) in enumerate((k, v) for k, v in groups.items() if k[0] == env):
@@ -979,7 +1013,8 @@ def plot_routing(folder, data, out, episodes=10):
         return
     fig = Figure(figsize=(13, 3.8))
     left, middle, right = fig.subplots(1, 3)
-    pick = np.random.default_rng(0).choice(token.shape[0] * token.shape[1], 1500, replace=False)
+    total = token.shape[0] * token.shape[1]
+    pick = np.random.default_rng(0).choice(total, min(1500, total), replace=False)
     points = TSNE(random_state=0).fit_transform(token.flatten(0, 1)[pick].numpy())
     for kind, label in enumerate(("state", "action", "reward")):
         left.scatter(*points[pick % 3 == kind].T, s=4, label=label)
@@ -1050,7 +1085,7 @@ def main(argv):
         argv,
         resume=dict(metavar="RUN", help="go on with the run in this folder from its checkpoint, with its own flags"),
         figures=dict(metavar="RUN", nargs="+", help="compare finished runs: a table, results.csv and pictures"),
-        out=dict(default="figures", metavar="FOLDER", help="where --figures writes [figures]"),
+        out=dict(default="figures", metavar="FOLDER", help="where --figures writes"),
     )
     out, runs, resume = given.pop("out"), given.pop("figures", None), given.pop("resume", None)
     if runs:
@@ -1059,8 +1094,8 @@ def main(argv):
         if given:
             raise BadInput(f"--resume keeps the run's own flags: leave out --{next(iter(given))}")
         _, content = restore(Path(resume) / "ckpt.pt")
-        c = Config(**content["config"])
-        train(dataclasses.replace(c, runs=str(Path(resume).parent), name=Path(resume).name), content)
+        folder = Path(resume).resolve()
+        train(make_config(**{**content["config"], "runs": str(folder.parent), "name": folder.name}), content)
     else:
         train(make_config(**given))
 
@@ -1072,5 +1107,5 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stopped:
-        print(stopped or "interrupted", file=sys.stderr)
+        print(str(stopped) or "interrupted", file=sys.stderr)
         sys.exit(130)

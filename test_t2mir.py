@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -85,7 +86,7 @@ def plain_model(name, multipliers=()):
 
 
 def test_sampled_tasks_repeat_and_fill_their_ranges():
-    """Same seed, same rows; a longer draw starts with the shorter one; goals, velocities, log-multipliers are uniform."""
+    """Same seed, same rows; a longer draw starts with the shorter one; goals, velocities, log-multipliers uniform."""
     for name, family in ENVS.items():
         tasks = sample_tasks(name, 2000, seed=5)
         assert tasks.shape == (2000, family.task_dim) and tasks.dtype == np.float64
@@ -247,7 +248,7 @@ def test_an_agent_learns_in_the_batch_what_it_learns_alone():
     s, num, B = resolve("point_robot", hidden=8, temperature=0.1), 3, 10
     torch.manual_seed(0)
     agents, *alone = [BatchedSAC(n, 2, 2, s) for n in (num, 1, 1, 1)]
-    pairs = []  # parameters: of the batch, agent i's rows in it (all first critics, then all second ones), of agent i alone
+    pairs = []  # parameters: of the batch, agent i's rows in it (first critics, then second ones), of agent i alone
     for net, (i, one) in itertools.product(("actor", "critic", "target"), enumerate(alone)):
         of_batch, of_one = getattr(agents, net).double().parameters(), getattr(one, net).double().parameters()
         pairs += [(p, [i] if net == "actor" else [i, num + i], q) for p, q in zip(of_batch, of_one)]
@@ -266,7 +267,7 @@ def test_an_agent_learns_in_the_batch_what_it_learns_alone():
 
 
 def test_policy_density_is_that_of_a_squashed_gaussian():
-    """Actions and log-densities equal torch.distributions' Normal behind a TanhTransform, where log std is clamped too."""
+    """Actions and log-densities equal torch.distributions' Normal behind a TanhTransform, log std clamped or not."""
     torch.manual_seed(0)
     agents = BatchedSAC(2, 3, 4, resolve("point_robot", hidden=8))
     agents.actor.double()
@@ -481,7 +482,7 @@ def test_balance_terms_reach_the_router_each_alone():
 
 @pytest.mark.parametrize("sequences", [2, 4])
 def test_info_nce_equals_a_double_loop(sequences):
-    """Value and gradients, of the layer's own contrastive loss too: the keys are constants, their router learns nothing."""
+    """Value and gradients, of the layer's own loss too: the keys are constants, their router learns nothing."""
     torch.manual_seed(0)
     ids = torch.arange(3).repeat(sequences)[torch.randperm(3 * sequences)]
     moe = TaskMoE(6, 4, 7, num_experts=5, top_k=2).double()
@@ -749,7 +750,7 @@ def rows(path):
 
 @pytest.mark.parametrize("mode", ["ad", "dpt"])
 def test_a_run_repeats_and_leaves_its_folder(mode, folder, tmp_path, monkeypatch):
-    """Same seed, same log; other seed, another one. The checkpoint gives back the trained model, and it acts as logged."""
+    """Same seed, same log; other seed, another one. The checkpoint gives back the model, and it acts as logged."""
     save, trained = t2mir.save, []
 
     def save_and_keep(path, model, *rest):
@@ -810,7 +811,7 @@ def test_a_wrong_flag_is_named(argv, folder, tmp_path):
 
 
 def test_a_dataset_that_does_not_fit_is_named(folder, tmp_path):
-    """Another family's data under this one's name, a truncated file, too few tasks or episodes; no run folder is left."""
+    """Another family's data under this name, a truncated file, too few tasks or episodes; no run folder is left."""
     point, cheetah = (Path(f"{folder}/{name}.npz").read_bytes() for name in ("point_robot", "cheetah_vel"))
     cases = [(cheetah, "", "cheetah_vel"), (point[:3000], "", "damaged"), (point, "--batch 64", "--batch 64")]
     cases += [(point, "--mode ad --batch 4 --context 9", "--context 9")]
@@ -850,3 +851,26 @@ def test_bad_input_ends_in_one_line_and_code_2(command, tmp_path):
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: ") and ended.stderr.endswith("\n") and ended.stderr.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["point_robot.npz"]
+
+
+@pytest.mark.parametrize("mode", ["ad", "dpt"])
+def test_a_run_stopped_by_ctrl_c_goes_on_as_if_nothing_had_been(folder, mode, tmp_path, monkeypatch):
+    """Stopped between two evaluations and resumed, dropout and router noise on, the log is that of a run left alone."""
+    given = dict(data=folder, runs=str(tmp_path), steps=12, eval_every=5, eval_episodes=2, dropout=0.1)
+    whole = t2mir.train(tiny(mode, name="whole", **given))
+    draw, drawn = Batches.next, []
+
+    def draw_and_interrupt(batches):
+        drawn.append(None)
+        if len(drawn) == 8:
+            os.kill(os.getpid(), signal.SIGINT)
+        return draw(batches)
+
+    monkeypatch.setattr(Batches, "next", draw_and_interrupt)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 8"):
+        t2mir.train(tiny(mode, name="broken", **given))
+    t2mir.main(["--resume", str(tmp_path / "broken")])
+    assert len(drawn) == 12
+    logs = [list(csv.reader(open(run / "log.csv"))) for run in (whole, tmp_path / "broken")]
+    assert [row[:-1] for row in logs[0]] == [row[:-1] for row in logs[1]]  # all but the speed
+    assert (whole / "incontext.csv").read_text() == (tmp_path / "broken" / "incontext.csv").read_text()
