@@ -80,9 +80,8 @@ class Config:
     clip: float = flag(1.0, "largest norm of the gradient")
     # evaluation
     eval_every: int = flag(500, "training steps between evaluations on the test tasks; a checkpoint goes with each")
-    explore: float = flag(
-        0.6, "standard deviation of the noise on the actions of the first episode, when nothing is in context"
-    )
+    explore: float = flag(0.6, "standard deviation of the actions in the first episode, when nothing is in context")
+    noise: float = flag(0.0, "standard deviation of the actions in all later episodes")
     eval_episodes: int = flag(10, "episodes that a test task is acted in, in one context")
     # system
     seed: int = flag(0, "random seed of training (the data has its own)")
@@ -114,11 +113,11 @@ class Config:
 MUJOCO = dict(d_model=128, dropout=0.05, lr=3e-4, steps=1_000, eval_every=250)
 PRESETS = {
     ("point_robot", "dpt"): {},
-    ("point_robot", "ad"): dict(batch=16, steps=4_000, w_imp=0.1, w_load=0.1),
+    ("point_robot", "ad"): dict(batch=16, steps=4_000, w_imp=0.1, w_load=0.1, noise=0.3),
     ("cheetah_vel", "dpt"): dict(MUJOCO, n_layers=4),
-    ("cheetah_vel", "ad"): dict(MUJOCO, d_model=256, n_heads=8, batch=24, w_imp=0.1, w_load=0.1),
+    ("cheetah_vel", "ad"): dict(MUJOCO, d_model=256, n_heads=8, batch=24, w_imp=0.1, w_load=0.1, noise=0.3),
     ("walker_param", "dpt"): dict(MUJOCO, n_layers=4),
-    ("walker_param", "ad"): dict(MUJOCO, d_model=256, n_heads=8, batch=24, w_imp=0.1, w_load=0.1),
+    ("walker_param", "ad"): dict(MUJOCO, d_model=256, n_heads=8, batch=24, w_imp=0.1, w_load=0.1, noise=0.3),
 }
 
 
@@ -655,11 +654,12 @@ def evaluate(model, tasks, episodes, seed=0, context="own"):
                 actions = model.step(cache, token if waiting is None else torch.cat([waiting, token], dim=1))
             else:
                 actions = model.step(cache, model.state_tokens(states[:, None], T), keep=False)
-            if episode == 0:
-                # With nothing in context, the mean over Point-Robot's tasks is to stand still, which shows nothing. So
-                # the first episode draws from a Gaussian around the mean, like the loss; later ones take the mean.
-                noise = torch.randn(actions.shape, generator=rng, device=device)
-                actions = (actions + c.explore * noise).clamp(-1, 1)
+            # The policy is a Gaussian around the head's output, as in the loss. The first episode draws from it widely:
+            # with nothing in context the mean over Point-Robot's tasks is to stand still, which shows nothing. Later, DPT
+            # acts on the mean, like the expert that it imitates. AD imitates a learner that explores, and draws; on the
+            # mean it can repeat one wrong episode for ever.
+            spread = c.explore if episode == 0 else c.noise
+            actions = (actions + spread * torch.randn(actions.shape, generator=rng, device=device)).clamp(-1, 1)
             observed, rewards, *_ = env.step(actions.float().cpu().numpy())
             rewards = torch.as_tensor(rewards, dtype=torch.float32, device=device)
             steps.append((states, actions, rewards))

@@ -53,7 +53,7 @@ def tiny(mode, **given):
     """A config small enough for a test, with a T2MIR layer in every block and no dropout."""
     sizes = dict(d_model=16, n_layers=2, n_heads=2, dropout=0.0, moe_layers="all", token_experts=4, task_experts=5)
     return make_config(
-        "point_robot", mode, **{**sizes, "context": 3, "queries": 6, "batch": 8, "explore": 0.0, **given}
+        "point_robot", mode, **{**sizes, "context": 3, "queries": 6, "batch": 8, "explore": 0.0, "noise": 0.0, **given}
     )
 
 
@@ -713,6 +713,27 @@ def test_acting_with_the_cache_equals_the_full_pass(mode, history, context, monk
             full = model.act(model.trunk(torch.cat([*past, now], dim=1))[0][:, -1])
             near(actions[:, t], full, 1e-5)
     assert reordered or mode == "dpt" or history == "chronological" or context == "hidden"  # sorting had work to do
+
+
+def test_actions_spread_as_asked(monkeypatch):
+    """Around a mean of zero, actions have the deviation `explore` in the first episode and `noise` in later ones."""
+    taken = []
+
+    class Recorder(ENVS["point_robot"]):
+        def step(self, actions):
+            taken.append(actions)
+            return super().step(actions)
+
+    monkeypatch.setattr(t2mir, "make_vec", lambda name, tasks: Recorder(tasks))
+    monkeypatch.setattr(T2MIR, "act", lambda self, x: torch.zeros(len(x), 2))
+    for mode in ("ad", "dpt"):
+        taken.clear()
+        evaluate(tiny_model(mode, explore=0.2, noise=0.1), np.zeros((200, 2)), episodes=3)
+        spread = np.stack(taken).reshape(3, -1).std(1)  # 8,000 draws an episode
+        np.testing.assert_allclose(spread, [0.2, 0.1, 0.1], rtol=0.05)
+        taken.clear()
+        evaluate(tiny_model(mode, explore=0.2, noise=0.0), np.zeros((2, 2)), episodes=2)
+        assert np.any(taken[:20]) and not np.any(taken[20:])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
