@@ -475,9 +475,8 @@ class T2MIR(nn.Module):
         else:
             # DPT: one episode as prompt, then the queries. They come last, so that the prompt cannot see them: one
             # prompt serves them all, and when acting its cached keys and values stay valid whatever is asked.
-            x, means, balance = self.trunk(
-                torch.cat([x, self.state_tokens(batch["queries"], self.horizon)], dim=1), batch["prefix"]
-            )
+            queries = self.state_tokens(batch["queries"], self.horizon)
+            x, means, balance = self.trunk(torch.cat([x, queries], dim=1), batch["prefix"])
             predicted, wanted = self.act(x[:, n:]), batch["labels"]  # (B, Q, act_dim)
         zero = predicted.new_zeros((), dtype=torch.float32)
         contrastive = zero
@@ -522,8 +521,7 @@ class Cache:
         end = self.length + self.new
         self.kv[self.index, 0, :, :, self.length : end] = k
         self.kv[self.index, 1, :, :, self.length : end] = v
-        k, v = self.kv[self.index, :, :, :, :end].to(k.dtype)
-        return k, v
+        return self.kv[self.index, :, :, :, :end].to(k.dtype)  # (2, B, heads, past + L, ...)
 
     def prefix_mean(self, h):
         """`prefix_mean` of h (B, L, d_model) with the kept tokens before it."""
@@ -577,9 +575,8 @@ class Batches:
         task = torch.rand(num_tasks, generator=self.rng, device=c.device).argsort()[: c.batch // 2].repeat(2)  # (B,)
         if c.mode == "ad":
             # K distinct episodes, from the worst to the best, or from the first to the last.
-            place = (
-                torch.rand(c.batch, E, generator=self.rng, device=c.device).argsort(1)[:, : c.context].sort(1).values
-            )
+            shuffled = torch.rand(c.batch, E, generator=self.rng, device=c.device).argsort(dim=1)
+            place = shuffled[:, : c.context].sort(dim=1).values  # (B, K)
             episode = place if c.history == "chronological" else self.by_return[task[:, None], place]
         else:
             episode = self.draw(c.batch, 1, below=E)  # a prompt of any quality
@@ -616,18 +613,16 @@ def open_dataset(c):
 def evaluate(model, tasks, episodes, seed=0, context="own"):
     """Acts in unseen `tasks` (num_tasks, task_dim), all together, no weight update; returns (episodes, num_tasks).
 
-    AD's context is its last K - 1 finished episodes, ordered as in training, and the episode so
-    far; DPT's is its last finished episode, or in the first one the episode so far. As controls, `context` may be
-    "hidden" (an empty context at every step) or "other" (the remembered episodes are those of the task before; in DPT's
-    first episode also the steps so far, while AD always sees the running episode's own steps).
+    AD's context is its last K - 1 finished episodes, ordered as in training, and the episode so far. DPT's is its last
+    finished episode, or in the first one the episode so far. As controls, `context` may be "hidden" (an empty context at
+    every step) or "other" (the remembered episodes are those of the task before; in DPT's first episode so are the steps
+    so far, while AD always sees the running episode's own steps).
     """
     c, device, N, T = model.config, model.state_mean.device, len(tasks), model.horizon
     was_training = model.training
     model.eval()
     env = make_vec(c.env, tasks)
-    remembered = deque(
-        maxlen=c.context - 1 if c.mode == "ad" else 1
-    )  # episodes (states, actions, rewards), (N, T, ...)
+    remembered = deque(maxlen=c.context - 1 if c.mode == "ad" else 1)  # of (states, actions, rewards), each (N, T, ...)
     rng = torch.Generator(device).manual_seed(seed)
     cache = Cache(model, N, 3 * T * (remembered.maxlen + 1) + 1)
     returns = []
@@ -655,9 +650,9 @@ def evaluate(model, tasks, episodes, seed=0, context="own"):
             else:
                 actions = model.step(cache, model.state_tokens(states[:, None], T), keep=False)
             # The policy is a Gaussian around the head's output, as in the loss. The first episode draws from it widely:
-            # with nothing in context the mean over Point-Robot's tasks is to stand still, which shows nothing. Later, DPT
-            # acts on the mean, like the expert that it imitates. AD imitates a learner that explores, and draws; on the
-            # mean it can repeat one wrong episode for ever.
+            # with nothing in context the mean over Point-Robot's tasks is to stand still, which shows nothing. Later,
+            # DPT acts on the mean, like the expert that it imitates. AD imitates a learner that explores, and draws; on
+            # the mean it can repeat one wrong episode for ever.
             spread = c.explore if episode == 0 else c.noise
             actions = (actions + spread * torch.randn(actions.shape, generator=rng, device=device)).clamp(-1, 1)
             observed, rewards, *_ = env.step(actions.float().cpu().numpy())
@@ -932,9 +927,8 @@ def figures(runs, out):
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for (env, variant), members in groups.items():
-        own, hidden, other = (
-            np.array([m[1][k] for m in members]) for k in ("own", "hidden", "other")
-        )  # (runs, episodes)
+        own, hidden, other = (np.array([m[1][k] for m in members]) for k in ("own", "hidden", "other"))
+        # each (runs, episodes)
         columns = own[:, 0], own[:, 1], own[:, 1:].mean(1), own[:, -1], hidden[:, 1:].mean(1), other[:, 1:].mean(1)
         lines.append(f"| {env} | {variant} | {len(members)} | " + " | ".join(map(mean_se, columns)) + " |")
     print("\n".join(lines))
