@@ -614,9 +614,9 @@ def evaluate(model, tasks, episodes, seed=0, context="own"):
     """Acts in unseen `tasks` (num_tasks, task_dim), all together, no weight update; returns (episodes, num_tasks).
 
     AD's context is its last K - 1 finished episodes, ordered as in training, and the episode so far. DPT's is its last
-    finished episode, or in the first one the episode so far. As controls, `context` may be "hidden" (an empty context at
-    every step) or "other" (the remembered episodes are those of the task before; in DPT's first episode so are the steps
-    so far, while AD always sees the running episode's own steps).
+    finished episode, or in the first one the episode so far. As controls, `context` may be "hidden" (an empty context
+    at every step) or "other" (the remembered episodes are those of the task before; in DPT's first episode so are the
+    steps so far, while AD always sees the running episode's own steps).
     """
     c, device, N, T = model.config, model.state_mean.device, len(tasks), model.horizon
     was_training = model.training
