@@ -72,7 +72,7 @@ class Config:
     history: str = flag("sorted", "AD: order of a context's episodes: sorted (by return) or chronological")
     queries: int = flag(40, "DPT: query states trained on each prompt")
     # optimisation
-    steps: int = flag(2_000, "training steps")
+    steps: int = flag(1_500, "training steps")
     batch: int = flag(32, "sequences in a batch: two from each of batch / 2 tasks")
     lr: float = flag(3e-3, "AdamW's peak learning rate")
     warmup: int = flag(100, "steps of linear warm-up; a cosine to zero follows")
