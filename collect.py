@@ -13,13 +13,20 @@ set of kernels (`torch.baddbmm`) and nothing loops over tasks. It writes, with N
     expert_actions  (N, E, T, act_dim)       what the final agent, without noise, would have done in `states`
     random_return   (N,)                     mean return of uniformly random actions
     expert_return   (N,)                     mean return of the final agent without noise: the oracle
+    curve           (N, rounds)              return of the first copy, by round: random first, then without noise
     info            JSON string              format, environment, settings, library versions
+
+and `data/ENV.png`, the learning curves. While it runs, `data/ENV.part/` holds what it needs to go on after a stop.
 """
 
 import argparse
+import copy
+import ctypes
 import dataclasses
 import json
 import os
+import shutil
+import statistics
 import sys
 import time
 import zipfile
@@ -37,7 +44,15 @@ from tqdm import tqdm
 
 from envs import ENVS, make_vec, sample_tasks
 
-FORMAT = 1  # of the dataset file; raise it when the arrays change
+FORMAT = 2  # of the dataset file; raise it when the arrays change
+SAVE_EVERY = 30  # seconds of work that a stopped run may lose, and a round more
+
+
+# glibc hands large freed blocks back to the system, and the next tensor is faulted in again page by page: 7,244 faults
+# and a quarter of the processor's time in an update of 60 agents. Told to keep them, it makes 48.
+if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, the largest that it takes
 
 
 class BadInput(Exception):
@@ -103,75 +118,100 @@ class Settings:
     copies: int = flag(4, "environment copies that each agent acts in")
     hidden: int = flag(None, "width of the two hidden layers of actor and critics")
     batch: int = flag(None, "transitions in an agent's update")
-    lr: float = flag(None, "Adam's learning rate")
+    lr: float = flag(None, "Adam's learning rate; over the last quarter of the run it falls to zero")
     gamma: float = flag(None, "discount")
-    tau: float = flag(0.01, "target critics move this fraction towards the critics in each update")
-    temperature: float = flag(None, "weight of the policy's entropy, fixed")
+    tau: float = flag(None, "target critics move this fraction towards the critics in each update")
+    temperature: float = flag(None, "weight of the policy's entropy, in units of reward; fixed")
     random_steps: int = flag(None, "steps of uniformly random actions before learning starts")
-    buffer: int = flag(100_000, "transitions that an agent's replay buffer holds")
     train_tasks: int = flag(45, "tasks to train in-context agents on")
     test_tasks: int = flag(15, "tasks held out for their evaluation")
     episodes: int = flag(None, "episodes stored for each task, evenly spaced over the run")
     seed: int = flag(0, "random seed, of the tasks too")
     device: str = flag("cpu", "cpu or cuda")
+    dtype: str = flag(None, "float32 or bfloat16: of the hidden layers' products; bfloat16 where the hardware has it")
+    compile: bool = flag(False, "compile the update: faster after a minute; needs a C++ compiler")
     out: str = flag("data", "folder of the dataset")
 
 
 # Point-Robot is random for the first third. An agent that meets a new task has moved at random too; and from prompts
 # that are mostly an expert's, a transformer learns to copy them and not to infer the goal from rewards.
-SMALL = dict(hidden=64, batch=64, lr=1.5e-3, gamma=0.9, temperature=0.05)
-LARGE = dict(hidden=128, batch=128, lr=3e-4, gamma=0.98, temperature=0.01)
+SMALL = dict(hidden=64, batch=64, lr=1.5e-3, gamma=0.9, tau=0.05, temperature=0.05)
+LARGE = dict(hidden=128, batch=128, lr=1e-3, gamma=0.97, tau=0.05, temperature=0.05)
 DEFAULTS = {
     "point_robot": dict(SMALL, steps=2_200, random_steps=800, episodes=400),
-    "cheetah_vel": dict(LARGE, steps=16_000, random_steps=1_000, episodes=80),
-    "walker_param": dict(LARGE, steps=16_000, random_steps=1_000, episodes=80),
+    "cheetah_vel": dict(LARGE, steps=16_000, random_steps=400, episodes=80),
+    "walker_param": dict(LARGE, steps=16_000, random_steps=400, episodes=80),
 }
+PAPER_STEPS = {"point_robot": 2_000, "cheetah_vel": 250_000, "walker_param": 1_000_000}  # environment steps a task
+
+
+def fast_dtype(device):
+    """bfloat16 where `device` multiplies it natively, else float32."""
+    cpu = torch.cpu.get_capabilities()
+    native = cpu.get("avx512_bf16") or cpu.get("amx_bf16") if torch.device(device).type == "cpu" else True
+    return "bfloat16" if native else "float32"
 
 
 class BatchedMLP(nn.Module):
-    """`num` independent multi-layer perceptrons evaluated at once: (num, B, sizes[0]) -> (num, B, sizes[-1]).
+    """`num` independent multi-layer perceptrons evaluated at once: (num, B, sizes[0]) -> (num, B, sizes[-1]) float32.
 
     `norm` puts a layer norm without parameters before each ReLU; in a critic it bounds the values that a young network
-    can claim for actions it has never seen.
+    can claim for actions it has never seen. Hidden layers multiply in `dtype`, the last one in float32: a value near
+    -3 must not be rounded to the next 64th.
     """
 
-    def __init__(self, num, sizes, norm=False):
+    def __init__(self, num, sizes, norm=False, dtype=torch.float32):
         super().__init__()
-        self.norm = norm
-        bounds = [fan_in**-0.5 for fan_in in sizes[:-1]]
-        shapes = list(zip(bounds, sizes[:-1], sizes[1:]))
+        self.norm, self.dtype = norm, dtype
+        shapes = [(fan_in**-0.5, fan_in, fan_out) for fan_in, fan_out in zip(sizes[:-1], sizes[1:])]
         self.weights = nn.ParameterList(torch.empty(num, i, o).uniform_(-b, b) for b, i, o in shapes)
         self.biases = nn.ParameterList(torch.empty(num, 1, o).uniform_(-b, b) for b, _, o in shapes)
 
     def forward(self, x):
-        last = len(self.weights) - 1
-        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            x = torch.baddbmm(bias, x, weight)  # (num, B, out)
-            if layer < last:
-                x = F.relu(F.layer_norm(x, x.shape[-1:]) if self.norm else x)
-        return x
+        *hidden, (last_weight, last_bias) = zip(self.weights, self.biases)
+        x = x.to(self.dtype)
+        for weight, bias in hidden:
+            x = torch.baddbmm(bias.to(self.dtype), x, weight.to(self.dtype))  # (num, B, hidden)
+            x = F.relu(F.layer_norm(x, x.shape[-1:]) if self.norm else x)
+        return torch.baddbmm(last_bias, x.to(last_weight.dtype), last_weight)
 
 
-class BatchedSAC:
+class BatchedSAC(nn.Module):
     """Soft actor-critic (Haarnoja et al. 2018) for `num` agents at once, one a task, that share nothing.
 
     Losses are summed over agents and Adam works element by element, so an agent learns what it would learn alone.
+    Two things make it learn in few updates. The networks see states normalised by what the agent has lived (`see`).
+    And values are counted a step: Q here is (1 - gamma) times the usual one, of the size of a reward whatever gamma is,
+    so that the critics need not climb to -300 first.
     """
 
-    def __init__(self, num, obs_dim, act_dim, s, device="cpu"):
+    def __init__(self, num, obs_dim, act_dim, s):
+        super().__init__()
         self.num, self.s = num, s
-        self.actor = BatchedMLP(num, (obs_dim, s.hidden, s.hidden, 2 * act_dim)).to(device)
+        dtype = getattr(torch, s.dtype)
+        self.actor = BatchedMLP(num, (obs_dim, s.hidden, s.hidden, 2 * act_dim), dtype=dtype)
         # Both critics of all agents are one batch of 2 * num networks.
-        self.critic = BatchedMLP(2 * num, (obs_dim + act_dim, s.hidden, s.hidden, 1), norm=True).to(device)
-        self.target = BatchedMLP(2 * num, (obs_dim + act_dim, s.hidden, s.hidden, 1), norm=True).to(device)
-        self.target.load_state_dict(self.critic.state_dict())
-        self.target.requires_grad_(False)
-        self.actor_opt = torch.optim.Adam(self.actor.parameters(), lr=s.lr, fused=True)
-        self.critic_opt = torch.optim.Adam(self.critic.parameters(), lr=s.lr, fused=True)
+        self.critic = BatchedMLP(2 * num, (obs_dim + act_dim, s.hidden, s.hidden, 1), norm=True, dtype=dtype)
+        self.target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.register_buffer("seen", torch.zeros(3, num, 1, obs_dim))  # sums of 1, x and x^2 over the lived states
+        self.register_buffer("mean", torch.zeros(num, 1, obs_dim))
+        self.register_buffer("std", torch.ones(num, 1, obs_dim))
+        self.to(s.device)
+        self.lr = torch.tensor(s.lr, device=s.device)  # a tensor, so that a compiled update sees it change
+        self.actor_opt = torch.optim.Adam(self.actor.parameters(), lr=self.lr, fused=True)
+        self.critic_opt = torch.optim.Adam(self.critic.parameters(), lr=self.lr, fused=True)
+
+    def see(self, states):
+        """Adds lived states (num, ..., obs_dim) to those that the networks' inputs are normalised by."""
+        x = states.flatten(1, -2)  # (num, M, obs_dim)
+        self.seen += torch.stack([torch.ones_like(x), x, x**2]).sum(2, keepdim=True)
+        count, total, squares = self.seen
+        self.mean = total / count
+        self.std = (squares / count - self.mean**2).clamp_min(0).sqrt() + 0.01
 
     def act(self, states, noise=None):
         """Actions for states (num, B, obs_dim) and their log-densities (num, B); without `noise`, the mean action."""
-        mean, log_std = self.actor(states).chunk(2, dim=-1)
+        mean, log_std = self.actor((states - self.mean) / self.std).chunk(2, dim=-1)
         if noise is None:
             return torch.tanh(mean), None
         log_std = log_std.clamp(-5, 2)
@@ -181,9 +221,9 @@ class BatchedSAC:
         return torch.tanh(u), (log_normal - log_tanh_slope).sum(-1)
 
     def value(self, critic, states, actions):
-        """Both critics' values, (2, num, B)."""
-        x = torch.cat([states, actions], dim=-1).repeat(2, 1, 1)  # (2 * num, B, obs_dim + act_dim)
-        return critic(x).view(2, self.num, -1)
+        """Both critics' values, (2, num, B), per step: (1 - gamma) times the discounted sum of rewards."""
+        x = torch.cat([(states - self.mean) / self.std, actions], dim=-1)  # (num, B, obs_dim + act_dim)
+        return critic(x.repeat(2, 1, 1)).view(2, self.num, -1)
 
     def update(self, states, actions, rewards, next_states, noise, policy=True):
         """One step of critics, targets and, where `policy`, actors on a batch (num, B, ...).
@@ -191,10 +231,11 @@ class BatchedSAC:
         `noise` (2, num, B, act_dim) is standard normal, for the actions in the next states and in the states. Episodes
         end by the clock alone, so the value of the next state always counts.
         """
+        gamma, entropy_weight = self.s.gamma, (1 - self.s.gamma) * self.s.temperature
         with torch.no_grad():
             next_actions, log_prob = self.act(next_states, noise[0])
-            next_value = self.value(self.target, next_states, next_actions).amin(0) - self.s.temperature * log_prob
-            wanted = rewards + self.s.gamma * next_value  # (num, B)
+            next_value = self.value(self.target, next_states, next_actions).amin(0) - entropy_weight * log_prob
+            wanted = (1 - gamma) * rewards + gamma * next_value  # (num, B)
         loss = (self.value(self.critic, states, actions) - wanted).square().mean(-1).sum()
         self.critic_opt.zero_grad()
         loss.backward()
@@ -202,7 +243,7 @@ class BatchedSAC:
         if policy:
             new_actions, log_prob = self.act(states, noise[1])
             self.critic.requires_grad_(False)  # the critics judge here, they do not learn
-            loss = (self.s.temperature * log_prob - self.value(self.critic, states, new_actions).amin(0)).mean(-1).sum()
+            loss = (entropy_weight * log_prob - self.value(self.critic, states, new_actions).amin(0)).mean(-1).sum()
             self.actor_opt.zero_grad()
             loss.backward()
             self.actor_opt.step()
@@ -235,118 +276,285 @@ def resolve(name, **given):
     if name not in ENVS:
         raise BadInput(f"unknown environment {name!r}: choose one of {', '.join(ENVS)}")
     s = Settings(**{"env": name, **DEFAULTS[name], **given})
+    check_device(s.device)
+    s.dtype = s.dtype or fast_dtype(s.device)
+    if not isinstance(getattr(torch, s.dtype, None), torch.dtype):
+        raise BadInput(f"--dtype {s.dtype} is unknown: choose float32 or bfloat16")
     for f in dataclasses.fields(s):
-        value, lowest = getattr(s, f.name), 0 if f.name in ("seed", "temperature", "random_steps") else 1
+        value = getattr(s, f.name)
+        lowest = 0 if f.name in ("seed", "temperature", "random_steps", "test_tasks") else 1
         if f.type is int and value < lowest or f.type is float and not (value > 0 or value == lowest):
             raise BadInput(
                 f"--{f.name} {value} is too small: it must be {f'at least {lowest}' if f.type is int else 'positive'}"
             )
-    total = s.steps // ENVS[name].horizon * s.copies
-    if s.episodes > total:
+    if s.gamma >= 1:
+        raise BadInput(f"--gamma {s.gamma} must be below 1: an episode's end is not the end of its value")
+    rounds = s.steps // ENVS[name].horizon
+    if s.episodes > rounds * s.copies:
         raise BadInput(
-            f"--episodes {s.episodes} is more than {s.steps} steps make ({total} a task): more --steps, or fewer"
+            f"--episodes {s.episodes} is more than {s.steps} steps make ({rounds * s.copies} a task): "
+            "more --steps, or fewer"
         )
-    if s.steps // ENVS[name].horizon * ENVS[name].horizon <= s.random_steps:
+    if rounds * ENVS[name].horizon <= s.random_steps:
         raise BadInput(f"--steps {s.steps} leaves nothing to learn from after --random_steps {s.random_steps}")
-    if s.buffer < s.copies:
-        raise BadInput(f"--buffer {s.buffer} must hold at least one step of all --copies {s.copies}")
-    check_device(s.device)
     return s
+
+
+class Collection:
+    """All agents of one family, their environments and everything they have lived: a run of `collect` at any moment.
+
+    Time is cut into rounds: in one round every copy lives one episode of T steps. `states` (num, episodes, T + 1,
+    obs_dim), `actions` (num, episodes, T, act_dim) and `rewards` (num, episodes, T) hold the run in its order, episode
+    round * copies + copy; they are the replay buffer, and the dataset is a selection of their episodes.
+    """
+
+    def __init__(self, s, num):
+        family, self.s, self.num = ENVS[s.env], s, num
+        self.T, self.device = family.horizon, torch.device(s.device)
+        self.tasks = sample_tasks(s.env, num, s.seed)
+        self.env = make_vec(s.env, np.repeat(self.tasks, s.copies, axis=0))  # copies of a task stand together
+        torch.manual_seed(s.seed)
+        self.agents = BatchedSAC(num, family.obs_dim, family.act_dim, s)
+        self.update = torch.compile(self.agents.update) if s.compile else self.agents.update
+        self.rng = torch.Generator(self.device)
+        self.rounds, self.round = s.steps // self.T, 0
+        episodes = self.rounds * s.copies
+        self.states = torch.zeros(num, episodes, self.T + 1, family.obs_dim, device=self.device)
+        self.actions = torch.zeros(num, episodes, self.T, family.act_dim, device=self.device)
+        self.rewards = torch.zeros(num, episodes, self.T, device=self.device)
+        # The copies of an environment differ, so that the histories hold what an in-context agent meets when it acts.
+        # While actions are random, copy c holds each for 2^c steps: that leads farther than twitching on the spot and
+        # shows where the reward grows. Later the first copy acts on the policy's mean, noiseless even while it is
+        # wrong, the last one draws from the policy, and those between have less noise. SAC learns from any of it.
+        self.hold = 2 ** torch.arange(s.copies, device=self.device)[:, None]
+        self.boldness = torch.linspace(1, 0, s.copies, device=self.device).flip(0)[:, None]  # a single copy draws
+
+    def live(self):
+        """One round: T steps of every copy and, once the random steps are over, an update of every agent at each."""
+        s, T, c, num = self.s, self.T, self.s.copies, self.num
+        self.agents.lr.fill_(s.lr * min(1, 4 * (1 - self.round / self.rounds)))
+        # Each round has its own seed, so that nothing but the networks and the past decides how a run goes on.
+        self.rng.manual_seed(s.seed * 2**20 + self.round)
+        observed, _ = self.env.reset(seed=s.seed * 2**20 + self.round)
+        episodes = slice(self.round * c, self.round * c + c)
+        states, actions, rewards = (x[:, episodes] for x in (self.states, self.actions, self.rewards))  # (num, c, T, .)
+        states[:, :, 0] = torch.as_tensor(observed, device=self.device).view(num, c, -1)
+        for t in range(T):
+            step = self.round * T + t
+            if step < s.random_steps:
+                new = torch.rand(num, c, actions.shape[-1], device=self.device, generator=self.rng) * 2 - 1
+                actions[:, :, t] = torch.where(t % self.hold == 0, new, actions[:, :, t - 1])
+            else:
+                noise = torch.randn(num, c, actions.shape[-1], device=self.device, generator=self.rng)
+                with torch.no_grad():
+                    actions[:, :, t] = self.agents.act(states[:, :, t], noise * self.boldness)[0]
+            chosen = actions[:, :, t].reshape(num * c, -1).cpu().numpy()
+            if step >= s.random_steps:  # a GPU learns while the CPU moves the bodies
+                self.update(*self.sample(step), policy=step % 2 == 0)
+            observed, reward, *_ = self.env.step(chosen)
+            states[:, :, t + 1] = torch.as_tensor(observed, device=self.device).view(num, c, -1)
+            rewards[:, :, t] = torch.as_tensor(reward, device=self.device).view(num, c)
+        self.agents.see(states[:, :, :-1])
+        self.round += 1
+
+    def sample(self, step):
+        """A batch for `update`: each agent's own transitions, uniformly from all that it made before `step`."""
+        s, shape = self.s, (self.num, self.s.batch)
+        row = torch.arange(self.num, device=self.device)[:, None]
+        when = torch.randint(step, shape, device=self.device, generator=self.rng)
+        copy = torch.randint(s.copies, shape, device=self.device, generator=self.rng)
+        i = row, when // self.T * s.copies + copy, when % self.T  # agent, episode, step of the episode
+        noise = torch.randn(2, *shape, self.actions.shape[-1], device=self.device, generator=self.rng)
+        return self.states[i], self.actions[i], self.rewards[i], self.states[i[0], i[1], i[2] + 1], noise
+
+    def save(self, folder, since):
+        """Writes the rounds lived from `since` on, then the agents: what `restore` needs, and nothing twice."""
+        c = self.s.copies
+        new = [x[:, since * c : self.round * c].clone().cpu() for x in (self.states, self.actions, self.rewards)]
+        write_atomically(folder / f"lived-{since:05d}.pt", lambda file: torch.save(new, file))
+        optimizers = [self.agents.actor_opt.state_dict(), self.agents.critic_opt.state_dict()]
+        content = dict(settings=self.identity(), round=self.round, agents=self.agents.state_dict(), optim=optimizers)
+        write_atomically(folder / "agents.pt", lambda file: torch.save(content, file))
+
+    def identity(self):
+        """The settings that decide how a run goes: one with the same may go on from another's folder."""
+        free = ("episodes", "device", "compile", "out")
+        return {k: v for k, v in dataclasses.asdict(self.s).items() if k not in free}
+
+    def restore(self, folder):
+        """Goes on where the last `save` into `folder` was. Raises BadInput where other settings made it, or damage."""
+        advice = "delete the folder to begin anew, or go on with the settings of the run that it is from"
+        other = set()
+        try:
+            saved = torch.load(folder / "agents.pt", map_location=self.device, weights_only=True)
+            other = {key for key, value in self.identity().items() if saved["settings"].get(key) != value}
+            while not other and self.round < saved["round"]:
+                lived = torch.load(folder / f"lived-{self.round:05d}.pt", map_location=self.device, weights_only=True)
+                at = self.round * self.s.copies
+                for whole, part in zip((self.states, self.actions, self.rewards), lived):
+                    whole[:, at : at + part.shape[1]] = part
+                self.round += lived[0].shape[1] // self.s.copies
+        except Exception as error:  # a damaged file can raise anything
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise BadInput(f"{folder} is damaged ({reason}): {advice}") from None
+        if other:
+            raise BadInput(f"{folder} holds a run with other {', '.join(sorted(other))}: {advice}")
+        self.agents.load_state_dict(saved["agents"])
+        for optimizer, state in zip((self.agents.actor_opt, self.agents.critic_opt), saved["optim"]):
+            optimizer.load_state_dict(state)
+            optimizer.param_groups[0]["lr"] = self.agents.lr  # not the copy that was read
 
 
 def collect(name, **given):
     """Trains one SAC agent for each task of family `name` in one batch and writes the dataset; returns its path.
 
-    `given` are fields of Settings. Raises BadInput where they make no sense. Takes about a minute for point_robot.
+    `given` are fields of Settings. A run that was stopped goes on by itself. Raises BadInput where `given` makes no
+    sense. Takes about half a minute for point_robot.
     """
     s = resolve(name, **given)
-    family, device, num = ENVS[name], torch.device(s.device), s.train_tasks + s.test_tasks
-    T, c = family.horizon, s.copies
-    tasks = sample_tasks(name, num, s.seed)
-    torch.manual_seed(s.seed)
-    rng = torch.Generator(device).manual_seed(s.seed)
-    agents = BatchedSAC(num, family.obs_dim, family.act_dim, s, device)
-    env = make_vec(name, np.repeat(tasks, c, axis=0))  # copies of a task stand together
+    num = s.train_tasks + s.test_tasks
+    path, part = Path(s.out) / f"{name}.npz", Path(s.out) / f"{name}.part"
+    run = Collection(s, num)
+    if (part / "agents.pt").exists():
+        run.restore(part)
+        print(f"going on from round {run.round} of {run.rounds}, found in {part}")
+    start = written = time.time()
+    saved = run.round
+    progress = tqdm(total=run.rounds, initial=run.round, desc=f"collect {name}", unit="round", disable=None)
+    while run.round < run.rounds:
+        run.live()
+        progress.update()
+        returns = run.rewards[:, (run.round - 1) * s.copies].sum(-1)  # (num,): of the first copies
+        each = f"return {returns.mean():.1f} (worst task {returns.min():.1f}, best {returns.max():.1f})"
+        progress.set_postfix_str(each)
+        if time.time() - written > SAVE_EVERY or run.round == run.rounds:
+            run.save(part, saved)
+            left = (time.time() - written) / (run.round - saved) * (run.rounds - run.round)
+            tqdm.write(f"round {run.round} of {run.rounds}: {each}, {left / 60:.0f} min left")
+            saved, written = run.round, time.time()
+    progress.close()
+    run.env.close()
 
-    def empty(*shape):
-        return torch.zeros(num, *shape, device=device)
-
-    size = min(s.buffer, s.steps * c) // c * c
-    replay = [empty(size, family.obs_dim), empty(size, family.act_dim), empty(size), empty(size, family.obs_dim)]
-    rounds = s.steps // T  # one round: each copy lives one episode
-    stored = np.linspace(0, rounds * c - 1, s.episodes).round().astype(int)  # which episodes of the run are kept
-    history = [empty(s.episodes, T, family.obs_dim), empty(s.episodes, T, family.act_dim), empty(s.episodes, T)]
-    # The copies of an environment differ, so that the histories hold what an in-context agent meets when it acts. While
-    # actions are random, copy c holds each for 2^c steps: that leads farther than twitching on the spot and shows where
-    # the reward grows. Later the first copy acts on the policy's mean, noiseless even while it is wrong, the last one
-    # draws from the policy, and those between have less noise. SAC learns from any of it.
-    hold = 2 ** torch.arange(c, device=device)[:, None]
-    boldness = torch.linspace(1, 0, c, device=device).flip(0)[:, None]  # a single copy draws from the policy
-    actions = empty(c, family.act_dim)
-    curve = []
-    start = time.time()
-    progress = tqdm(range(rounds * T), desc=f"collect {name}", unit="step", disable=None)
-    for step in progress:
-        if step % T == 0:
-            states = torch.as_tensor(env.reset(seed=s.seed if step == 0 else None)[0], device=device).view(num, c, -1)
-            returns = np.zeros((num, c))
-        if step < s.random_steps:
-            new = torch.rand(num, c, family.act_dim, device=device, generator=rng) * 2 - 1
-            actions = torch.where(step % T % hold == 0, new, actions)
-        else:
-            with torch.no_grad():
-                noise = torch.randn(num, c, family.act_dim, device=device, generator=rng)
-                actions = agents.act(states, noise * boldness)[0]
-        observed, rewards, *_ = env.step(actions.reshape(num * c, -1).cpu().numpy())
-        next_states = torch.as_tensor(observed, device=device).view(num, c, -1)
-        reward = torch.as_tensor(rewards, dtype=torch.float32, device=device).view(num, c)
-        returns += rewards.reshape(num, c)
-        at = step * c % size
-        for memory, new in zip(replay, (states, actions, reward, next_states)):
-            memory[:, at : at + c] = new
-        kept = np.flatnonzero(stored // c == step // T)  # places in the history of this round's kept episodes
-        for memory, new in zip(history, (states, actions, reward)):
-            memory[:, kept, step % T] = new[:, stored[kept] % c]
-        states = next_states
-        if step >= s.random_steps:
-            index = torch.randint(min(size, (step + 1) * c), (num, s.batch), device=device, generator=rng)
-            row = torch.arange(num, device=device)[:, None]
-            noise = torch.randn(2, num, s.batch, family.act_dim, device=device, generator=rng)
-            agents.update(*(memory[row, index] for memory in replay), noise, policy=step % 2 == 0)
-        if step % T == T - 1:
-            curve.append(returns.mean())
-            progress.set_postfix_str(f"return {curve[-1]:.1f}")
-    env.close()
-
+    history = run.states[:, :, :-1], run.actions, run.rewards
+    stored = np.linspace(0, run.rounds * s.copies - 1, s.episodes).round().astype(int)  # the episodes that are kept
+    history = [x[:, stored] for x in history]  # (num, E, T, ...)
     with torch.no_grad():
-        labels = agents.act(history[0].view(num, s.episodes * T, -1))[0].view_as(history[1])
-    random_return = play(name, tasks, None, 20, s.seed + 1, device)
-    expert_return = play(name, tasks, agents, 20, s.seed + 1, device)
+        labels = run.agents.act(history[0].flatten(1, 2))[0].view_as(history[1])
+    random_return = play(name, run.tasks, None, 20, s.seed + 1, run.device)
+    expert_return = play(name, run.tasks, run.agents, 20, s.seed + 1, run.device)
     info = {
         "format": FORMAT,
         "settings": dataclasses.asdict(s),
         "versions": {m.__name__: m.__version__ for m in (torch, np, gymnasium, mujoco)},
-        "seconds": round(time.time() - start, 1),
     }
     arrays = {k: v.cpu().numpy() for k, v in zip(("states", "actions", "rewards"), history)}
-    path = Path(s.out) / f"{name}.npz"
-    write_atomically(
-        path,
-        lambda file: np.savez_compressed(
-            file,
-            tasks=tasks,
-            test=np.arange(num) >= s.train_tasks,
-            **arrays,
-            expert_actions=labels.cpu().numpy(),
-            random_return=random_return,
-            expert_return=expert_return,
-            info=json.dumps(info),
-        ),
-    )
-    print(f"{num} agents, {rounds * T * c} steps each, {time.time() - start:.0f} s: wrote {path}")
-    print(f"return, mean over tasks: random {random_return.mean():.1f}, expert {expert_return.mean():.1f}")
-    print(f"expert of the worst task {expert_return.min():.1f}, of the best {expert_return.max():.1f}")
+    arrays |= dict(tasks=run.tasks, test=np.arange(num) >= s.train_tasks, expert_actions=labels.cpu().numpy())
+    arrays |= dict(random_return=random_return, expert_return=expert_return)
+    arrays |= dict(curve=run.rewards[:, :: s.copies].sum(-1).cpu().numpy(), info=json.dumps(info))
+    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
+    draw(arrays, path.with_suffix(".png"), s)
+    shutil.rmtree(part)
+    summarise(arrays)
+    steps = run.rounds * run.T
+    print(f"{num} agents, {steps - s.random_steps} updates and {steps * s.copies} environment steps each")
+    print(f"wrote {path} and {path.with_suffix('.png')} in {(time.time() - start) / 60:.1f} min")
     return path
+
+
+def summarise(data):
+    """Prints the returns of random and expert by fifths of the tasks, ordered by a single task parameter or else by
+    the expert's return."""
+    one = data["tasks"].shape[1] == 1
+    key = data["tasks"][:, 0] if one else data["expert_return"]
+    print(f"{'task' if one else 'expert'} from .. to    tasks   random   expert    worst     best")
+    everything = np.arange(len(key))
+    for fifth in [f for f in np.array_split(np.argsort(key), 5) if len(f)] + [everything]:
+        random, expert = data["random_return"][fifth], data["expert_return"][fifth]
+        print(
+            f"{key[fifth].min():8.2f} ..{key[fifth].max():8.2f} {len(fifth):7d} {random.mean():8.1f} "
+            f"{expert.mean():8.1f} {expert.min():8.1f} {expert.max():8.1f}"
+        )
+
+
+def draw(data, path, s):
+    """Writes the learning curves of all tasks, their mean, and the mean returns of random and expert as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    curve = data["curve"]
+    steps = (np.arange(curve.shape[1]) + 1) * ENVS[s.env].horizon
+    fig, ax = plt.subplots(figsize=(7, 4))
+    ranks = np.argsort(np.argsort(data["tasks"][:, 0] if data["tasks"].shape[1] == 1 else data["expert_return"]))
+    for task, rank in enumerate(ranks):
+        ax.plot(steps, curve[task], color=plt.cm.viridis(rank / max(1, len(ranks) - 1)), lw=0.5, alpha=0.7)
+    ax.plot(steps, curve.mean(0), color="black", lw=2, label="mean over tasks")
+    ax.axhline(data["expert_return"].mean(), color="black", ls="--", label="final agents, no noise")
+    ax.axhline(data["random_return"].mean(), color="gray", ls=":", label="random actions")
+    ax.set(xlabel=f"steps of each of {s.copies} copies; one update a step", ylabel="return of an episode", title=s.env)
+    ax.legend()
+    fig.tight_layout()
+    write_atomically(path, lambda file: fig.savefig(file, format="png", dpi=120))
+    plt.close(fig)
+
+
+def flops_of_update(family, s):
+    """FLOPs of the matrix products in one agent's update, a policy update in every second one counted half."""
+    actor_input, critic_input = family.obs_dim * s.hidden, (family.obs_dim + family.act_dim) * s.hidden
+    actor = actor_input + s.hidden**2 + s.hidden * 2 * family.act_dim  # weights, so multiply-adds of one transition
+    critic = critic_input + s.hidden**2 + s.hidden
+    targets = actor + 2 * critic  # forward
+    critics = 2 * (3 * critic - critic_input)  # forward, backward to weights and to all but the first layer's input
+    policy = 3 * actor - actor_input + 2 * 2 * critic  # the same for the actor; critics forward and to their inputs
+    return 2 * s.batch * (targets + critics + policy / 2)
+
+
+def bench(name, **given):
+    """Prints agent-updates a second of all agents in one batch and of one agent alone, how much of the machine's rate
+    of matrix products the batch reaches, and where its time goes. Takes about a minute."""
+    s = resolve(name, **{**given, "random_steps": 1})
+    num, rates, seconds, threads = s.train_tasks + s.test_tasks, {}, [], torch.get_num_threads()
+    runs = {n: Collection(s, n) for n in (num, 1)}
+    for _ in range(4):  # in turn, so that a busy moment of the machine meets both; the first round warms up
+        for n, run in runs.items():
+            torch.set_num_threads(threads if n > 1 else 1)  # one agent is fastest on one
+            start = time.time()
+            run.live()
+            rates.setdefault(n, []).append(n * run.T / (time.time() - start))
+    torch.set_num_threads(threads)
+    many, one = (statistics.median(rates[n][1:]) for n in runs)
+    a = torch.randn(2 * num, s.batch, s.hidden, dtype=getattr(torch, s.dtype), device=s.device)
+    b = torch.randn(2 * num, s.hidden, s.hidden, dtype=a.dtype, device=s.device)
+    for _ in range(100):  # the critics' hidden layer, alone
+        start = time.time()
+        (a @ b)[0, 0, 0].item()
+        seconds.append(time.time() - start)
+    peak = 2 * a.numel() * s.hidden / statistics.median(seconds)
+    flops = flops_of_update(ENVS[name], s)
+    reached = many * flops / peak
+    print(f"{name}: hidden {s.hidden}, batch {s.batch}, {s.dtype}, environment steps included, medians of 3 rounds")
+    print(f"{num} agents in a batch  {many:6.0f} agent-updates/s")
+    print(f"one agent alone       {one:6.0f} agent-updates/s: the batch is {many / one:.1f} times as fast")
+    print(f"matrix products alone {many / reached:6.0f} agent-updates/s, of which this is {reached:.0%}:")
+    print(f"    {flops / 1e6:.0f} MFLOP an update, and the machine makes {peak / 1e9:.0f} GFLOP/s")
+    run, start, steps = runs[num], time.time(), 20
+    run.env.reset(seed=0)
+    for _ in range(steps):
+        run.env.step(np.zeros(run.env.action_space.shape))
+    parts, total = {"environments": (time.time() - start) / steps}, num / many
+    kinds = {"bmm": "matrix products", "layer_norm": "layer norm", "copy_": "casts and copies", "clamp_min": "ReLU"}
+    kinds |= {"threshold": "ReLU", "adam": "Adam and targets", "lerp": "Adam and targets", "index": "sampling"}
+    with torch.profiler.profile() as profiler:
+        for step in range(steps):
+            run.update(*run.sample(4 * run.T), policy=step % 2 == 0)
+    for event in profiler.key_averages():
+        kind = next((kind for key, kind in kinds.items() if key in event.key), "the rest")
+        ms = event.self_cpu_time_total if run.device.type == "cpu" else event.self_device_time_total
+        parts[kind] = parts.get(kind, 0) + ms / 1e6 / steps
+    print(f"one step of the batch {1e3 * total:6.1f} ms; its parts, each measured alone:")
+    for kind, t in sorted(parts.items(), key=lambda item: -item[1]):
+        print(f"    {kind:18}{1e3 * t:6.1f} ms")
 
 
 def load(path):
@@ -372,11 +580,20 @@ def load(path):
 
 if __name__ == "__main__":
     try:
-        given = parse_flags(Settings, sys.argv[1:])
-        collect(given.pop("env", "point_robot"), **given)
+        switch = {"action": "store_true"}
+        given = parse_flags(
+            Settings,
+            sys.argv[1:],
+            paper={**switch, "help": "the paper's number of steps: 2k, 250k or 1M a task"},
+            bench={**switch, "help": "measure the speed and stop"},
+        )
+        name, paper = given.pop("env", "point_robot"), given.pop("paper", False)
+        if paper and name in PAPER_STEPS:
+            given.setdefault("steps", PAPER_STEPS[name] // given.get("copies", Settings.copies))
+        bench(name, **given) if given.pop("bench", False) else collect(name, **given)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+        print("interrupted: the same command goes on from the last round saved", file=sys.stderr)
         sys.exit(130)

@@ -24,9 +24,10 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 from torch import distributions
+from torch.utils.flop_counter import FlopCounterMode
 
 import t2mir
-from collect import BadInput, BatchedSAC, collect, load, resolve
+from collect import BadInput, BatchedSAC, Collection, collect, flops_of_update, load, resolve
 from envs import ENVS, make_vec, sample_tasks
 from t2mir import T2MIR, Batches, TaskMoE, TokenMoE, evaluate, make_config
 
@@ -245,15 +246,19 @@ for name in ("t2mir/CheetahVel-v0", "t2mir/WalkerParam-v0"):
 
 def test_an_agent_learns_in_the_batch_what_it_learns_alone():
     """Three agents updated together and one by one, on the same batches and noise, end with the same parameters."""
-    s, num, B = resolve("point_robot", hidden=8, temperature=0.1), 3, 10
+    s, num, B = resolve("point_robot", hidden=8, temperature=0.1, dtype="float64"), 3, 10
     torch.manual_seed(0)
-    agents, *alone = [BatchedSAC(n, 2, 2, s) for n in (num, 1, 1, 1)]
+    agents, *alone = [BatchedSAC(n, 2, 2, s).double() for n in (num, 1, 1, 1)]
+    lived = torch.randn(num, 20, 2, dtype=double) * 3 + 1
+    agents.see(lived)
     pairs = []  # parameters: of the batch, agent i's rows in it (first critics, then second ones), of agent i alone
     for net, (i, one) in itertools.product(("actor", "critic", "target"), enumerate(alone)):
-        of_batch, of_one = getattr(agents, net).double().parameters(), getattr(one, net).double().parameters()
+        of_batch, of_one = getattr(agents, net).parameters(), getattr(one, net).parameters()
         pairs += [(p, [i] if net == "actor" else [i, num + i], q) for p, q in zip(of_batch, of_one)]
     for p, rows, q in pairs:
         q.data.copy_(p.data[rows])
+    for i, one in enumerate(alone):
+        one.see(lived[i : i + 1])
     start = [q.data.clone() for _, _, q in pairs]
     for step in range(6):
         batch = [torch.randn(num, B, *size, dtype=double) for size in ((2,), (2,), (), (2,))]
@@ -269,8 +274,7 @@ def test_an_agent_learns_in_the_batch_what_it_learns_alone():
 def test_policy_density_is_that_of_a_squashed_gaussian():
     """Actions and log-densities equal torch.distributions' Normal behind a TanhTransform, log std clamped or not."""
     torch.manual_seed(0)
-    agents = BatchedSAC(2, 3, 4, resolve("point_robot", hidden=8))
-    agents.actor.double()
+    agents = BatchedSAC(2, 3, 4, resolve("point_robot", hidden=8, dtype="float64")).double()
     agents.actor.weights[-1].data *= 20
     states, noise = torch.randn(2, 50, 3, dtype=double), torch.randn(2, 50, 4, dtype=double)
     mean, log_std = agents.actor(states).chunk(2, dim=-1)
@@ -323,7 +327,7 @@ def test_dataset_holds_what_it_says(name, folder):
     expected = {
         "tasks": ((N, family.task_dim), f8), "test": ((N,), np.bool_), "states": ((N, E, T, o), f4),
         "actions": ((N, E, T, a), f4), "rewards": ((N, E, T), f4), "expert_actions": ((N, E, T, a), f4),
-        "random_return": ((N,), f8), "expert_return": ((N,), f8),
+        "random_return": ((N,), f8), "expert_return": ((N,), f8), "curve": ((N, 10 if train == 5 else 2), f4),
     }  # fmt: skip
     info = data.pop("info")
     assert {key: (array.shape, array.dtype.type) for key, array in data.items()} == expected
@@ -347,6 +351,82 @@ def test_stored_episodes_are_evenly_spaced_over_the_run(folder, tmp_path):
     places = matches.argmax(1)
     assert places[0] == 0 and places[-1] == 19 and set(np.diff(places)) <= {2, 3}
     np.testing.assert_array_equal(few["expert_actions"], every["expert_actions"][:, places])
+
+
+def test_a_stopped_collection_goes_on_as_if_it_had_not_stopped(folder, tmp_path, monkeypatch):
+    """Stopped twice, between two saves and right after one, a collection ends with the uninterrupted run's arrays."""
+    whole = load(f"{folder}/point_robot.npz")
+    given = {**whole["info"]["settings"], "out": str(tmp_path)}
+    name = given.pop("env")
+    live, rounds = Collection.live, []
+
+    def stopping(run):
+        if len(rounds) in (5, 8):
+            rounds.append("stop")
+            raise KeyboardInterrupt
+        live(run)
+        rounds.append(run.round)
+        monkeypatch.setattr("collect.SAVE_EVERY", -1 if run.round in (2, 4, 6) else 1000)
+
+    monkeypatch.setattr(Collection, "live", stopping)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            collect(name, **given)
+        assert not (tmp_path / "point_robot.npz").exists()
+    part = tmp_path / "point_robot.part"
+    with pytest.raises(BadInput, match="other gamma, lr"):
+        collect(name, **{**given, "gamma": 0.5, "lr": 1.0})
+    content = (part / "agents.pt").read_bytes()
+    for damage in (b"", content[: len(content) // 2], b"a text"):
+        (part / "agents.pt").write_bytes(damage)
+        with pytest.raises(BadInput, match="damaged"):
+            collect(name, **given)
+    (part / "agents.pt").write_bytes(content)
+    again = load(collect(name, **given))
+    assert rounds == [1, 2, 3, 4, 5, "stop", 5, 6, "stop", 7, 8, 9, 10] and not part.exists()
+    for key, array in whole.items():
+        if key != "info":
+            np.testing.assert_array_equal(again[key], array, err_msg=key)
+
+
+def test_updates_draw_lived_transitions_of_the_own_task(folder):
+    """Batches hold only transitions from before the step, each agent its own, all of them, about equally often."""
+    run = Collection(resolve("point_robot", steps=100, copies=3, batch=3000, hidden=4, random_steps=99, episodes=1), 2)
+    for _ in range(2):
+        run.live()
+    states, actions, rewards, next_states, _ = run.sample(27)
+    near(next_states, states + 0.1 * actions, 1e-6)
+    goals = torch.as_tensor(run.tasks, dtype=torch.float32)[:, None]
+    near(rewards, -(next_states - goals).norm(dim=-1), 1e-5)
+    lived = torch.cat([run.states[:, :3, :20], run.states[:, 3:6, :7]], dim=2).flatten(1, 2)  # (2, 81, 2)
+    same = (states[:, :, None] == lived[:, None]).all(-1)  # (2, 3000, 81)
+    assert (same.sum(2) == 1).all()
+    counts = same.sum(1)
+    assert counts.min() > 15 and counts.max() < 70  # 37 expected
+
+
+def test_flops_are_those_that_torch_counts():
+    """The matrix products of two updates, one with a policy step, as torch's own counter sees them."""
+    for name in ENVS:
+        s, family = resolve(name, hidden=24, batch=10), ENVS[name]
+        agents = BatchedSAC(3, family.obs_dim, family.act_dim, s)
+        states, actions = torch.randn(3, 10, family.obs_dim), torch.rand(3, 10, family.act_dim)
+        noise = torch.randn(2, 3, 10, family.act_dim)
+        with FlopCounterMode(display=False) as counter:
+            for policy in (True, False):
+                agents.update(states, actions, torch.randn(3, 10), states, noise, policy=policy)
+        assert counter.get_total_flops() == 2 * 3 * flops_of_update(family, s)
+
+
+def test_networks_see_normalised_states():
+    """The normalisation is the mean and deviation of all states shown, in whatever portions they came."""
+    torch.manual_seed(0)
+    agents = BatchedSAC(3, 4, 2, resolve("point_robot", hidden=8))
+    lived = torch.randn(3, 5, 40, 4) * torch.tensor([0.1, 1, 10, 0]) + torch.tensor([0.0, 1, -20, 0.7])
+    for part in lived.split(2, dim=1):
+        agents.see(part)
+    near(agents.mean, lived.flatten(1, 2).mean(1, keepdim=True), 1e-4)
+    near(agents.std, lived.flatten(1, 2).std(1, keepdim=True, correction=0) + 0.01, 1e-3)
 
 
 def test_unreadable_datasets_are_named_in_one_line(folder, tmp_path):
@@ -749,7 +829,7 @@ def test_a_tiny_model_learns_a_tiny_batch_by_heart(mode, folder):
     batch = Batches(c, load(f"{folder}/point_robot.npz")).next()
     targets = batch["actions"] if mode == "ad" else batch["labels"]
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=5e-3)
-    for step in range(300):
+    for step in range(800):
         losses = model.train()(batch)
         optimizer.zero_grad()
         (losses["action"] + losses["balance"] + c.w_con * losses["contrastive"]).backward()
