@@ -6,17 +6,18 @@ Every network carries a leading agent dimension, (num_agents, inputs, outputs) f
 set of kernels (`torch.baddbmm`) and nothing loops over tasks. It writes, with N tasks and E stored episodes of T steps:
 
     tasks           (N, task_dim) float64    a task is a row, see envs.py
-    test            (N,) bool                held-out tasks: never trained on
-    states          (N, E, T, obs_dim)       E whole episodes, evenly spaced over the run, in the order they were lived
+    test            (N,) bool                tasks held out from in-context training; they come last
+    states          (N, E, T, obs_dim)       E whole episodes, evenly spaced over the run, in its order
     actions         (N, E, T, act_dim)       what the learning agent did: random first, expert last
     rewards         (N, E, T)
     expert_actions  (N, E, T, act_dim)       what the final agent, without noise, would have done in `states`
-    random_return   (N,)                     mean return of uniformly random actions
-    expert_return   (N,)                     mean return of the final agent without noise: the oracle
+    random_return   (N,) float64             mean return of uniformly random actions
+    expert_return   (N,) float64             mean return of the final agent without noise: the oracle
     curve           (N, rounds)              return of the first copy, by round: random first, then without noise
     info            JSON string              format, environment, settings, library versions
 
-and `data/ENV.png`, the learning curves. While it runs, `data/ENV.part/` holds what it needs to go on after a stop.
+(float32 where nothing is said) and `data/ENV.png`, the learning curves. While it runs, `data/ENV.part/` holds what it
+needs to go on after a stop.
 """
 
 import argparse
@@ -74,7 +75,7 @@ class Parser(argparse.ArgumentParser):
 def parse_flags(cls, argv, **extra):
     """Reads the flags of dataclass `cls` from argv; returns a dict of those that were given.
 
-    `extra` adds flags that are no fields: name=dict of argparse settings. A bad flag exits with code 2 and one line.
+    `extra` adds flags that are no fields: name=dict of argparse settings. Raises BadInput on a bad flag.
     """
     parser = Parser(allow_abbrev=False)
     for f in dataclasses.fields(cls):
@@ -122,6 +123,7 @@ class Settings:
     gamma: float = flag(None, "discount")
     tau: float = flag(None, "target critics move this fraction towards the critics in each update")
     temperature: float = flag(None, "weight of the policy's entropy, in units of reward; fixed")
+    critic_norm: bool = flag(None, "layer norm in the critics: safer, slower")
     random_steps: int = flag(None, "steps of uniformly random actions before learning starts")
     train_tasks: int = flag(45, "tasks to train in-context agents on")
     test_tasks: int = flag(15, "tasks held out for their evaluation")
@@ -129,20 +131,22 @@ class Settings:
     seed: int = flag(0, "random seed, of the tasks too")
     device: str = flag("cpu", "cpu or cuda")
     dtype: str = flag(None, "float32 or bfloat16: of the hidden layers' products; bfloat16 where the hardware has it")
-    compile: bool = flag(False, "compile the update: faster after a minute; needs a C++ compiler")
     out: str = flag("data", "folder of the dataset")
 
 
 # Point-Robot is random for the first third. An agent that meets a new task has moved at random too; and from prompts
-# that are mostly an expert's, a transformer learns to copy them and not to infer the goal from rewards.
-SMALL = dict(hidden=64, batch=64, lr=1.5e-3, gamma=0.9, tau=0.05, temperature=0.05)
-LARGE = dict(hidden=128, batch=128, lr=1e-3, gamma=0.97, tau=0.05, temperature=0.05)
+# that are mostly an expert's, a transformer learns to copy them and not to infer the goal from rewards. The MuJoCo
+# recipes were picked in short trials and sized for a laptop: their curves still rise at the end, more --steps pay.
+SMALL = dict(hidden=64, batch=64, lr=1.5e-3, gamma=0.9, tau=0.05, temperature=0.05, critic_norm=True)
+LARGE = dict(hidden=128, batch=128, tau=0.05, random_steps=400, episodes=80)
+CHEETAH = dict(lr=2e-3, gamma=0.98, temperature=0.03, critic_norm=False)
+WALKER = dict(lr=1e-3, gamma=0.97, temperature=0.05, critic_norm=True)
 DEFAULTS = {
     "point_robot": dict(SMALL, steps=2_200, random_steps=800, episodes=400),
-    "cheetah_vel": dict(LARGE, steps=16_000, random_steps=400, episodes=80),
-    "walker_param": dict(LARGE, steps=16_000, random_steps=400, episodes=80),
+    "cheetah_vel": dict(LARGE, **CHEETAH, steps=16_000),
+    "walker_param": dict(LARGE, **WALKER, steps=24_000),
 }
-PAPER_STEPS = {"point_robot": 2_000, "cheetah_vel": 250_000, "walker_param": 1_000_000}  # environment steps a task
+PAPER_STEPS = {"cheetah_vel": 250_000, "walker_param": 1_000_000}  # environment steps a task
 
 
 def fast_dtype(device):
@@ -180,9 +184,9 @@ class BatchedSAC(nn.Module):
     """Soft actor-critic (Haarnoja et al. 2018) for `num` agents at once, one a task, that share nothing.
 
     Losses are summed over agents and Adam works element by element, so an agent learns what it would learn alone.
-    Two things make it learn in few updates. The networks see states normalised by what the agent has lived (`see`).
-    And values are counted a step: Q here is (1 - gamma) times the usual one, of the size of a reward whatever gamma is,
-    so that the critics need not climb to -300 first.
+    Two things make it learn in few updates. The networks see states normalised by what the agent has lived (`see`): a
+    cheetah's joints turn at 20 rad/s and its x passes 20 m, beside which actions within [-1, 1] would be lost. And
+    values are counted a step: Q here is (1 - gamma) times the usual one, so of the size of a reward whatever gamma is.
     """
 
     def __init__(self, num, obs_dim, act_dim, s):
@@ -191,13 +195,13 @@ class BatchedSAC(nn.Module):
         dtype = getattr(torch, s.dtype)
         self.actor = BatchedMLP(num, (obs_dim, s.hidden, s.hidden, 2 * act_dim), dtype=dtype)
         # Both critics of all agents are one batch of 2 * num networks.
-        self.critic = BatchedMLP(2 * num, (obs_dim + act_dim, s.hidden, s.hidden, 1), norm=True, dtype=dtype)
+        self.critic = BatchedMLP(2 * num, (obs_dim + act_dim, s.hidden, s.hidden, 1), s.critic_norm, dtype)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.register_buffer("seen", torch.zeros(3, num, 1, obs_dim))  # sums of 1, x and x^2 over the lived states
         self.register_buffer("mean", torch.zeros(num, 1, obs_dim))
         self.register_buffer("std", torch.ones(num, 1, obs_dim))
         self.to(s.device)
-        self.lr = torch.tensor(s.lr, device=s.device)  # a tensor, so that a compiled update sees it change
+        self.lr = torch.tensor(s.lr, device=s.device)  # of both optimizers; `live` lowers it
         self.actor_opt = torch.optim.Adam(self.actor.parameters(), lr=self.lr, fused=True)
         self.critic_opt = torch.optim.Adam(self.critic.parameters(), lr=self.lr, fused=True)
 
@@ -221,7 +225,7 @@ class BatchedSAC(nn.Module):
         return torch.tanh(u), (log_normal - log_tanh_slope).sum(-1)
 
     def value(self, critic, states, actions):
-        """Both critics' values, (2, num, B), per step: (1 - gamma) times the discounted sum of rewards."""
+        """Both critics' values, (2, num, B), per step: (1 - gamma) times the discounted sum of rewards and entropy."""
         x = torch.cat([(states - self.mean) / self.std, actions], dim=-1)  # (num, B, obs_dim + act_dim)
         return critic(x.repeat(2, 1, 1)).view(2, self.num, -1)
 
@@ -256,7 +260,7 @@ class BatchedSAC(nn.Module):
 def play(name, tasks, agents, copies, seed, device):
     """Mean return of each task over `copies` episodes, (num_tasks,): of the agents without noise, or random if None."""
     env = make_vec(name, np.repeat(tasks, copies, axis=0))
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng([seed, 1])  # not the stream of the start states
     states, _ = env.reset(seed=seed)
     returns = np.zeros(env.num_envs)
     for _ in range(env.horizon):
@@ -278,22 +282,22 @@ def resolve(name, **given):
     s = Settings(**{"env": name, **DEFAULTS[name], **given})
     check_device(s.device)
     s.dtype = s.dtype or fast_dtype(s.device)
-    if not isinstance(getattr(torch, s.dtype, None), torch.dtype):
+    if s.dtype not in ("float32", "bfloat16", "float64"):
         raise BadInput(f"--dtype {s.dtype} is unknown: choose float32 or bfloat16")
     for f in dataclasses.fields(s):
         value = getattr(s, f.name)
-        lowest = 0 if f.name in ("seed", "temperature", "random_steps", "test_tasks") else 1
+        lowest = 0 if f.name in ("seed", "temperature", "test_tasks") else 1
         if f.type is int and value < lowest or f.type is float and not (value > 0 or value == lowest):
             raise BadInput(
                 f"--{f.name} {value} is too small: it must be {f'at least {lowest}' if f.type is int else 'positive'}"
             )
-    if s.gamma >= 1:
-        raise BadInput(f"--gamma {s.gamma} must be below 1: an episode's end is not the end of its value")
+    if s.gamma >= 1 or s.tau > 1:
+        raise BadInput(f"--gamma {s.gamma} must be below 1 and --tau {s.tau} at most 1")
     rounds = s.steps // ENVS[name].horizon
     if s.episodes > rounds * s.copies:
         raise BadInput(
             f"--episodes {s.episodes} is more than {s.steps} steps make ({rounds * s.copies} a task): "
-            "more --steps, or fewer"
+            "more --steps, or fewer --episodes"
         )
     if rounds * ENVS[name].horizon <= s.random_steps:
         raise BadInput(f"--steps {s.steps} leaves nothing to learn from after --random_steps {s.random_steps}")
@@ -315,7 +319,6 @@ class Collection:
         self.env = make_vec(s.env, np.repeat(self.tasks, s.copies, axis=0))  # copies of a task stand together
         torch.manual_seed(s.seed)
         self.agents = BatchedSAC(num, family.obs_dim, family.act_dim, s)
-        self.update = torch.compile(self.agents.update) if s.compile else self.agents.update
         self.rng = torch.Generator(self.device)
         self.rounds, self.round = s.steps // self.T, 0
         episodes = self.rounds * s.copies
@@ -325,9 +328,9 @@ class Collection:
         # The copies of an environment differ, so that the histories hold what an in-context agent meets when it acts.
         # While actions are random, copy c holds each for 2^c steps: that leads farther than twitching on the spot and
         # shows where the reward grows. Later the first copy acts on the policy's mean, noiseless even while it is
-        # wrong, the last one draws from the policy, and those between have less noise. SAC learns from any of it.
+        # wrong, and the others draw from the policy. SAC learns from any of it.
         self.hold = 2 ** torch.arange(s.copies, device=self.device)[:, None]
-        self.boldness = torch.linspace(1, 0, s.copies, device=self.device).flip(0)[:, None]  # a single copy draws
+        self.boldness = (torch.arange(s.copies, device=self.device)[:, None] > 0) | (s.copies == 1)  # one copy draws
 
     def live(self):
         """One round: T steps of every copy and, once the random steps are over, an update of every agent at each."""
@@ -350,7 +353,7 @@ class Collection:
                     actions[:, :, t] = self.agents.act(states[:, :, t], noise * self.boldness)[0]
             chosen = actions[:, :, t].reshape(num * c, -1).cpu().numpy()
             if step >= s.random_steps:  # a GPU learns while the CPU moves the bodies
-                self.update(*self.sample(step), policy=step % 2 == 0)
+                self.agents.update(*self.sample(step), policy=step % 2 == 0)
             observed, reward, *_ = self.env.step(chosen)
             states[:, :, t + 1] = torch.as_tensor(observed, device=self.device).view(num, c, -1)
             rewards[:, :, t] = torch.as_tensor(reward, device=self.device).view(num, c)
@@ -362,13 +365,16 @@ class Collection:
         s, shape = self.s, (self.num, self.s.batch)
         row = torch.arange(self.num, device=self.device)[:, None]
         when = torch.randint(step, shape, device=self.device, generator=self.rng)
-        copy = torch.randint(s.copies, shape, device=self.device, generator=self.rng)
-        i = row, when // self.T * s.copies + copy, when % self.T  # agent, episode, step of the episode
+        which = torch.randint(s.copies, shape, device=self.device, generator=self.rng)
+        i = row, when // self.T * s.copies + which, when % self.T  # agent, episode, step of the episode
         noise = torch.randn(2, *shape, self.actions.shape[-1], device=self.device, generator=self.rng)
         return self.states[i], self.actions[i], self.rewards[i], self.states[i[0], i[1], i[2] + 1], noise
 
     def save(self, folder, since):
-        """Writes the rounds lived from `since` on, then the agents: what `restore` needs, and nothing twice."""
+        """Writes the rounds lived from `since` on, then the agents: what `restore` needs, and nothing twice.
+
+        A kill between the two leaves the agents of `since`; their next save writes the same rounds' file anew.
+        """
         c = self.s.copies
         new = [x[:, since * c : self.round * c].clone().cpu() for x in (self.states, self.actions, self.rewards)]
         write_atomically(folder / f"lived-{since:05d}.pt", lambda file: torch.save(new, file))
@@ -378,12 +384,12 @@ class Collection:
 
     def identity(self):
         """The settings that decide how a run goes: one with the same may go on from another's folder."""
-        free = ("episodes", "device", "compile", "out")
+        free = ("episodes", "device", "out")
         return {k: v for k, v in dataclasses.asdict(self.s).items() if k not in free}
 
     def restore(self, folder):
         """Goes on where the last `save` into `folder` was. Raises BadInput where other settings made it, or damage."""
-        advice = "delete the folder to begin anew, or go on with the settings of the run that it is from"
+        begin = "delete the folder to begin anew"
         other = set()
         try:
             saved = torch.load(folder / "agents.pt", map_location=self.device, weights_only=True)
@@ -394,15 +400,20 @@ class Collection:
                 for whole, part in zip((self.states, self.actions, self.rewards), lived):
                     whole[:, at : at + part.shape[1]] = part
                 self.round += lived[0].shape[1] // self.s.copies
+            if not other:
+                self.agents.load_state_dict(saved["agents"])
+                for optimizer, state in zip((self.agents.actor_opt, self.agents.critic_opt), saved["optim"]):
+                    optimizer.load_state_dict(state)
+                    optimizer.param_groups[0]["lr"] = self.agents.lr  # not the copy that was read
+                if self.round != saved["round"]:
+                    raise ValueError("its files do not fit together")
         except Exception as error:  # a damaged file can raise anything
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise BadInput(f"{folder} is damaged ({reason}): {advice}") from None
+            raise BadInput(f"{folder} is damaged ({reason}): {begin}") from None
         if other:
-            raise BadInput(f"{folder} holds a run with other {', '.join(sorted(other))}: {advice}")
-        self.agents.load_state_dict(saved["agents"])
-        for optimizer, state in zip((self.agents.actor_opt, self.agents.critic_opt), saved["optim"]):
-            optimizer.load_state_dict(state)
-            optimizer.param_groups[0]["lr"] = self.agents.lr  # not the copy that was read
+            raise BadInput(
+                f"{folder} holds a run with other {', '.join(sorted(other))}: repeat its settings, or {begin}"
+            )
 
 
 def collect(name, **given):
@@ -414,6 +425,12 @@ def collect(name, **given):
     s = resolve(name, **given)
     num = s.train_tasks + s.test_tasks
     path, part = Path(s.out) / f"{name}.npz", Path(s.out) / f"{name}.part"
+    if path.exists():
+        raise BadInput(f"{path} exists: delete it to collect it anew, or name another folder with --out")
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{part} cannot be made ({error.strerror}): name another folder with --out") from None
     run = Collection(s, num)
     if (part / "agents.pt").exists():
         run.restore(part)
@@ -436,7 +453,8 @@ def collect(name, **given):
     run.env.close()
 
     history = run.states[:, :, :-1], run.actions, run.rewards
-    stored = np.linspace(0, run.rounds * s.copies - 1, s.episodes).round().astype(int)  # the episodes that are kept
+    j = np.arange(s.episodes)
+    stored = j * run.rounds // s.episodes * s.copies + j % s.copies  # evenly spaced rounds, the copies in turn
     history = [x[:, stored] for x in history]  # (num, E, T, ...)
     with torch.no_grad():
         labels = run.agents.act(history[0].flatten(1, 2))[0].view_as(history[1])
@@ -453,6 +471,7 @@ def collect(name, **given):
     arrays |= dict(curve=run.rewards[:, :: s.copies].sum(-1).cpu().numpy(), info=json.dumps(info))
     write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
     draw(arrays, path.with_suffix(".png"), s)
+    (part / "agents.pt").unlink()  # first, so that what a kill leaves of the folder is not taken for a run
     shutil.rmtree(part)
     summarise(arrays)
     steps = run.rounds * run.T
@@ -513,7 +532,7 @@ def flops_of_update(family, s):
 def bench(name, **given):
     """Prints agent-updates a second of all agents in one batch and of one agent alone, how much of the machine's rate
     of matrix products the batch reaches, and where its time goes. Takes about a minute."""
-    s = resolve(name, **{**given, "random_steps": 1})
+    s = resolve(name, **{**given, "steps": 4 * ENVS[name].horizon, "random_steps": 1, "episodes": 1})
     num, rates, seconds, threads = s.train_tasks + s.test_tasks, {}, [], torch.get_num_threads()
     runs = {n: Collection(s, n) for n in (num, 1)}
     for _ in range(4):  # in turn, so that a busy moment of the machine meets both; the first round warms up
@@ -547,11 +566,11 @@ def bench(name, **given):
     kinds |= {"threshold": "ReLU", "adam": "Adam and targets", "lerp": "Adam and targets", "index": "sampling"}
     with torch.profiler.profile() as profiler:
         for step in range(steps):
-            run.update(*run.sample(4 * run.T), policy=step % 2 == 0)
+            run.agents.update(*run.sample(4 * run.T), policy=step % 2 == 0)
     for event in profiler.key_averages():
         kind = next((kind for key, kind in kinds.items() if key in event.key), "the rest")
-        ms = event.self_cpu_time_total if run.device.type == "cpu" else event.self_device_time_total
-        parts[kind] = parts.get(kind, 0) + ms / 1e6 / steps
+        microseconds = event.self_cpu_time_total if run.device.type == "cpu" else event.self_device_time_total
+        parts[kind] = parts.get(kind, 0) + microseconds / 1e6 / steps
     print(f"one step of the batch {1e3 * total:6.1f} ms; its parts, each measured alone:")
     for kind, t in sorted(parts.items(), key=lambda item: -item[1]):
         print(f"    {kind:18}{1e3 * t:6.1f} ms")
@@ -562,19 +581,19 @@ def load(path):
 
     Raises BadInput where the file is missing, damaged, no dataset, or of another format.
     """
-    run = f"python collect.py --env {Path(path).stem}"
+    command = f"python collect.py --env {Path(path).stem}"
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             data = {key: arrays[key] for key in arrays.files}
         data["info"] = json.loads(str(data["info"]))
         version = data["info"]["format"]
     except FileNotFoundError:
-        raise BadInput(f"{path} is missing: run {run}") from None
+        raise BadInput(f"{path} is missing: run {command}") from None
     except (zipfile.BadZipFile, zlib.error, KeyError, TypeError, ValueError, EOFError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BadInput(f"{path} is damaged or no dataset ({reason}): delete it and run {run}") from None
+        raise BadInput(f"{path} is damaged or no dataset ({reason}): delete it and run {command}") from None
     if version != FORMAT:
-        raise BadInput(f"{path} has format {version}, this code reads {FORMAT}: delete it and run {run}")
+        raise BadInput(f"{path} has format {version}, this code reads {FORMAT}: delete it and run {command}")
     return data
 
 
@@ -584,16 +603,18 @@ if __name__ == "__main__":
         given = parse_flags(
             Settings,
             sys.argv[1:],
-            paper={**switch, "help": "the paper's number of steps: 2k, 250k or 1M a task"},
+            paper={**switch, "help": "the paper's environment steps a task, all copies together: 250k or 1M"},
             bench={**switch, "help": "measure the speed and stop"},
         )
-        name, paper = given.pop("env", "point_robot"), given.pop("paper", False)
-        if paper and name in PAPER_STEPS:
-            given.setdefault("steps", PAPER_STEPS[name] // given.get("copies", Settings.copies))
+        name = given.pop("env", "point_robot")
+        if given.pop("paper", False):
+            if name not in PAPER_STEPS:
+                raise BadInput(f"--paper is for {' and '.join(PAPER_STEPS)}: the others' defaults go as far")
+            given.setdefault("steps", PAPER_STEPS[name] // max(1, given.get("copies", Settings.copies)))
         bench(name, **given) if given.pop("bench", False) else collect(name, **given)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last round saved", file=sys.stderr)
+        print("interrupted: the same command goes on from the last save", file=sys.stderr)
         sys.exit(130)

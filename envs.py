@@ -25,6 +25,9 @@ PHYSICS = mujoco.mjtState.mjSTATE_FULLPHYSICS  # what MuJoCo needs to go on from
 class TaskVec(VectorEnv):
     """All sub-environments of one family, stepped together; each child says how states start, move and are seen.
 
+    A child sets `id`, `obs_dim`, `act_dim`, `task_dim` and `horizon`, and defines `draw_tasks`, `initial_state`,
+    `observe`, `advance` (moves `state`, returns rewards) and `render`.
+
     `state` (num_envs, state_dim) float64 is the whole physical state, free to be read and set. There is no automatic
     reset (`AutoresetMode.DISABLED`): after `horizon` steps every sub-environment is truncated, and the caller resets.
     Raises ValueError where `tasks` is not (num_tasks, task_dim), gymnasium's ResetNeeded on a step without a reset.
