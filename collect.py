@@ -135,8 +135,8 @@ class Settings:
 
 
 # Point-Robot is random for the first third. An agent that meets a new task has moved at random too; and from prompts
-# that are mostly an expert's, a transformer learns to copy them and not to infer the goal from rewards. For the same
-# reason its targets are slow: with tau 0.05 the agents end better and the transformer that learns from them worse. The
+# that are mostly an expert's, a transformer learns to copy them and not to infer the goal from rewards. Its targets
+# are slow too: in one trial with tau 0.05 the agents ended better and the transformer that learned from them worse. The
 # MuJoCo recipes were picked in short trials and sized for a laptop: their curves still rise, more --steps pay.
 SMALL = dict(hidden=64, batch=64, lr=1.5e-3, gamma=0.9, tau=0.01, temperature=0.05, critic_norm=True)
 LARGE = dict(hidden=128, batch=128, tau=0.05, random_steps=400, episodes=80)
@@ -186,7 +186,7 @@ class BatchedSAC(nn.Module):
 
     Losses are summed over agents and Adam works element by element, so an agent learns what it would learn alone.
     Two things make it learn in few updates. The networks see states normalised by what the agent has lived (`see`): a
-    cheetah's joints turn at 20 rad/s and its x passes 20 m, beside which actions within [-1, 1] would be lost. And
+    cheetah's joints turn at up to 30 rad/s and its x passes 30 m, beside which actions in [-1, 1] would be lost. And
     values are counted a step: Q here is (1 - gamma) times the usual one, so of the size of a reward whatever gamma is.
     """
 
