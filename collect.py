@@ -161,7 +161,7 @@ class BatchedMLP(nn.Module):
     """`num` independent multi-layer perceptrons evaluated at once: (num, B, sizes[0]) -> (num, B, sizes[-1]) float32.
 
     `norm` puts a layer norm without parameters before each ReLU; in a critic it bounds the values that a young network
-    can claim for actions it has never seen. Hidden layers multiply in `dtype`, the last one in float32: a value near
+    can claim for actions it has never seen. Layers multiply in `dtype`, but results are summed in float32: a value near
     -3 must not be rounded to the next 64th.
     """
 
@@ -177,7 +177,9 @@ class BatchedMLP(nn.Module):
         x = x.to(self.dtype)
         for weight, bias in hidden:
             x = torch.baddbmm(bias.to(self.dtype), x, weight.to(self.dtype))  # (num, B, hidden)
-            x = F.relu(F.layer_norm(x, x.shape[-1:]) if self.norm else x)
+            x = F.relu_(F.layer_norm(x, x.shape[-1:]) if self.norm else x)
+        if last_weight.shape[-1] == 1:  # a critic; element by element is faster than a product with one column
+            return (x * last_weight.mT.to(self.dtype)).sum(-1, keepdim=True, dtype=last_bias.dtype) + last_bias
         return torch.baddbmm(last_bias, x.to(last_weight.dtype), last_weight)
 
 
@@ -523,7 +525,7 @@ def flops_of_update(family, s):
     """FLOPs of the matrix products in one agent's update, a policy update in every second one counted half."""
     actor_input, critic_input = family.obs_dim * s.hidden, (family.obs_dim + family.act_dim) * s.hidden
     actor = actor_input + s.hidden**2 + s.hidden * 2 * family.act_dim  # weights, so multiply-adds of one transition
-    critic = critic_input + s.hidden**2 + s.hidden
+    critic = critic_input + s.hidden**2  # its last layer is no product
     targets = actor + 2 * critic  # forward
     critics = 2 * (3 * critic - critic_input)  # forward, backward to weights and to all but the first layer's input
     policy = 3 * actor - actor_input + 2 * 2 * critic  # the same for the actor; critics forward and to their inputs
