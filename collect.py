@@ -24,8 +24,11 @@ import argparse
 import copy
 import ctypes
 import dataclasses
+import difflib
+import io
 import json
 import os
+import re
 import shutil
 import statistics
 import sys
@@ -60,30 +63,39 @@ class BadInput(Exception):
     """What the user gave does not work; the message is one line that says what is wrong and what to do."""
 
 
-def flag(default, text):
-    """A dataclass field that is also a command line flag: its default and help text in one place."""
-    return dataclasses.field(default=default, metadata={"help": text})
+def flag(default, text, group=None):
+    """A dataclass field that is also a command line flag: its default and help text in one place.
+
+    `group` begins a new heading of the help, under which the fields that follow stand too.
+    """
+    return dataclasses.field(default=default, metadata={"help": text, "group": group})
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that raises BadInput instead of printing its usage."""
+    """An argparse parser that raises BadInput instead of printing its usage, and knows what a misspelt flag meant."""
 
     def error(self, message):
-        raise BadInput(f"{message} (--help lists the flags)")
+        wrong = re.search(r"unrecognized arguments: (--\w+)", message)
+        near = difflib.get_close_matches(wrong[1], self._option_string_actions, 1) if wrong else []
+        raise BadInput(message + (f": did you mean {near[0]}?" if near else " (--help lists the flags)"))
 
 
-def parse_flags(cls, argv, **extra):
+def parse_flags(cls, argv, description, **extra):
     """Reads the flags of dataclass `cls` from argv; returns a dict of those that were given.
 
     `extra` adds flags that are no fields: name=dict of argparse settings. Raises BadInput on a bad flag.
     """
-    parser = Parser(allow_abbrev=False)
+    parser = group = Parser(allow_abbrev=False, description=description)
     for f in dataclasses.fields(cls):
+        if f.metadata["group"]:
+            group = parser.add_argument_group(f.metadata["group"])
         default = "differs by environment" if f.default is None else f.default
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "metavar": f.type.__name__.upper()}
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f"{f.metadata['help']} [{default}]", **kind)
+        text = f.metadata["help"] + f" [{default}]" * (default not in (False, ""))
+        group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **kind)
+    group = parser.add_argument_group("instead of that") if extra else parser
     for name, settings in extra.items():
-        parser.add_argument(f"--{name}", **{"default": argparse.SUPPRESS, **settings})
+        group.add_argument(f"--{name}", **{"default": argparse.SUPPRESS, **settings})
     return vars(parser.parse_args(argv))
 
 
@@ -96,27 +108,33 @@ def check_device(device):
 
 
 def write_atomically(path, write):
-    """Calls write(file) on a temporary binary file beside `path`, flushes it to disk, then renames it to `path`."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Calls write(file) on a file in memory, brings that to disk beside `path`, then renames it to `path`.
+
+    Whenever it is stopped, `path` is the old file or the new one. Raises BadInput where the disk takes no file.
+    """
+    path, content = Path(path), io.BytesIO()
+    write(content)
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            write(file)
+            file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except OSError as error:
+        if temporary.is_file():
+            temporary.unlink()
+        raise BadInput(f"{path} cannot be written ({error.strerror}): make room, or name another folder") from None
 
 
 @dataclass
 class Settings:
     """What `collect` can be told. Fields of None take the environment's entry in DEFAULTS."""
 
-    env: str = flag("point_robot", f"task family: {', '.join(ENVS)}")
+    env: str = flag("point_robot", f"task family: {', '.join(ENVS)}", group="what to collect")
     steps: int = flag(None, "environment steps of each copy; one update a step")
-    copies: int = flag(4, "environment copies that each agent acts in")
+    copies: int = flag(4, "environment copies that each agent acts in", group="learning")
     hidden: int = flag(None, "width of the two hidden layers of actor and critics")
     batch: int = flag(None, "transitions in an agent's update")
     lr: float = flag(None, "Adam's learning rate; over the last quarter of the run it falls to zero")
@@ -125,10 +143,10 @@ class Settings:
     temperature: float = flag(None, "weight of the policy's entropy, in units of reward; fixed")
     critic_norm: bool = flag(None, "layer norm in the critics: safer, slower")
     random_steps: int = flag(None, "steps of uniformly random actions before learning starts")
-    train_tasks: int = flag(45, "tasks to train in-context agents on")
+    train_tasks: int = flag(45, "tasks to train in-context agents on", group="the dataset")
     test_tasks: int = flag(15, "tasks held out for their evaluation")
     episodes: int = flag(None, "episodes stored for each task, evenly spaced over the run")
-    seed: int = flag(0, "random seed, of the tasks too")
+    seed: int = flag(0, "random seed, of the tasks too", group="system")
     device: str = flag("cpu", "cpu or cuda")
     dtype: str = flag(None, "float32 or bfloat16: of the hidden layers' products; bfloat16 where the hardware has it")
     out: str = flag("data", "folder of the dataset")
@@ -430,10 +448,8 @@ def collect(name, **given):
     path, part = Path(s.out) / f"{name}.npz", Path(s.out) / f"{name}.part"
     if path.exists():
         raise BadInput(f"{path} exists: delete it to collect it anew, or name another folder with --out")
-    try:
-        part.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"{part} cannot be made ({error.strerror}): name another folder with --out") from None
+    settings = json.dumps(dataclasses.asdict(s), indent=1).encode()
+    write_atomically(part / "settings.json", lambda file: file.write(settings))  # a wrong folder shows now, not later
     run = Collection(s, num)
     if (part / "agents.pt").exists():
         run.restore(part)
@@ -441,17 +457,20 @@ def collect(name, **given):
     start = written = time.time()
     saved = run.round
     progress = tqdm(total=run.rounds, initial=run.round, desc=f"collect {name}", unit="round", disable=None)
-    while run.round < run.rounds:
-        run.live()
-        progress.update()
-        returns = run.rewards[:, (run.round - 1) * s.copies].sum(-1)  # (num,): of the first copies
-        each = f"return {returns.mean():.1f} (worst task {returns.min():.1f}, best {returns.max():.1f})"
-        progress.set_postfix_str(each)
-        if time.time() - written > SAVE_EVERY or run.round == run.rounds:
-            run.save(part, saved)
-            left = (time.time() - written) / (run.round - saved) * (run.rounds - run.round)
-            tqdm.write(f"round {run.round} of {run.rounds}: {each}, {left / 60:.0f} min left")
-            saved, written = run.round, time.time()
+    try:
+        while run.round < run.rounds:
+            run.live()
+            progress.update()
+            returns = run.rewards[:, (run.round - 1) * s.copies].sum(-1)  # (num,): of the first copies
+            each = f"return {returns.mean():.1f} (worst task {returns.min():.1f}, best {returns.max():.1f})"
+            progress.set_postfix_str(each)
+            if time.time() - written > SAVE_EVERY or run.round == run.rounds:
+                run.save(part, saved)
+                left = (time.time() - written) / (run.round - saved) * (run.rounds - run.round)
+                tqdm.write(f"round {run.round} of {run.rounds}: {each}, {left / 60:.0f} min left")
+                saved, written = run.round, time.time()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped in round {run.round + 1}: the same command goes on from {saved}") from None
     progress.close()
     run.env.close()
 
@@ -597,27 +616,39 @@ def load(path):
         raise BadInput(f"{path} is damaged or no dataset ({reason}): delete it and run {command}") from None
     if version != FORMAT:
         raise BadInput(f"{path} has format {version}, this code reads {FORMAT}: delete it and run {command}")
+    if bad := [key for key, x in data.items() if key != "info" and not np.isfinite(x).all()]:
+        raise BadInput(f"{path} has infinite values or none in {', '.join(bad)}: delete it and run {command}")
     return data
 
 
-if __name__ == "__main__":
+def main(argv):
+    switch = {"action": "store_true"}
+    given = parse_flags(
+        Settings,
+        argv,
+        "Trains a SAC agent for each task, all in one batch, and stores what they lived and learned.",
+        paper={**switch, "help": "the paper's environment steps a task, all copies together: 250k or 1M"},
+        bench={**switch, "help": "measure the speed and stop"},
+    )
+    name = given.pop("env", "point_robot")
+    if given.pop("paper", False):
+        if name not in PAPER_STEPS:
+            raise BadInput(f"--paper is for {' and '.join(PAPER_STEPS)}: the others' defaults go as far")
+        given.setdefault("steps", PAPER_STEPS[name] // max(1, given.get("copies", Settings.copies)))
+    bench(name, **given) if given.pop("bench", False) else collect(name, **given)
+
+
+def command_line(main):
+    """Runs main(flags) as a command: bad input ends in one line and exit code 2, Ctrl-C in one line and 130."""
     try:
-        switch = {"action": "store_true"}
-        given = parse_flags(
-            Settings,
-            sys.argv[1:],
-            paper={**switch, "help": "the paper's environment steps a task, all copies together: 250k or 1M"},
-            bench={**switch, "help": "measure the speed and stop"},
-        )
-        name = given.pop("env", "point_robot")
-        if given.pop("paper", False):
-            if name not in PAPER_STEPS:
-                raise BadInput(f"--paper is for {' and '.join(PAPER_STEPS)}: the others' defaults go as far")
-            given.setdefault("steps", PAPER_STEPS[name] // max(1, given.get("copies", Settings.copies)))
-        bench(name, **given) if given.pop("bench", False) else collect(name, **given)
-    except BadInput as error:
+        main(sys.argv[1:])
+    except (BadInput, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last save", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(str(stopped) or "interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -16,12 +16,13 @@ What this model does that a plain causal transformer does not:
 
 import csv
 import dataclasses
+import datetime
 import io
 import json
 import math
+import os
 import pickle
 import signal
-import sys
 import threading
 import time
 from collections import deque
@@ -31,12 +32,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from collect import BadInput, check_device, collect, flag, load, parse_flags, write_atomically
-from envs import ENVS, make_vec
+from collect import BadInput, check_device, collect, command_line, flag, load, parse_flags, play, write_atomically
+from envs import ENVS, make_vec, sample_tasks
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
@@ -46,16 +49,15 @@ from envs import ENVS, make_vec
 class Config:
     """Everything that a run depends on; each field is a flag. PRESETS holds what differs by environment and mode."""
 
-    # what to train
-    env: str = flag("point_robot", f"task family: {', '.join(ENVS)}")
+    env: str = flag("point_robot", f"task family: {', '.join(ENVS)}", group="what to train")
     mode: str = flag("dpt", "ad (Algorithm Distillation) or dpt (Decision-Pretrained Transformer)")
-    # model
-    d_model: int = flag(64, "width of the token embeddings")
+    d_model: int = flag(64, "width of the token embeddings", group="model")
     n_layers: int = flag(3, "transformer blocks")
     n_heads: int = flag(4, "attention heads")
     dropout: float = flag(0.0, "dropout of the embeddings and of each sublayer's output")
-    # mixture of experts
-    moe_layers: str = flag("last", "blocks with a T2MIR layer: last, all, or indices such as 0,2")
+    moe_layers: str = flag(
+        "last", "blocks with a T2MIR layer: last, all, or indices such as 0,2", group="mixture of experts"
+    )
     token_experts: int = flag(6, "experts of the token-wise MoE (the paper's K1)")
     task_experts: int = flag(8, "experts of the task-wise MoE (the paper's K2)")
     top_k: int = flag(2, "experts that a token is sent to, in each MoE")
@@ -67,24 +69,22 @@ class Config:
     no_task_moe: bool = flag(False, "ablation: no task-wise MoE; with --no_token_moe plain AD or DPT")
     no_balance: bool = flag(False, "ablation: no balance loss")
     no_contrastive: bool = flag(False, "ablation: no InfoNCE loss")
-    # context
-    context: int = flag(4, "AD: episodes in a context")
+    context: int = flag(4, "AD: episodes in a context", group="context")
     history: str = flag("sorted", "AD: order of a context's episodes: sorted (by return) or chronological")
     queries: int = flag(40, "DPT: query states trained on each prompt")
-    # optimisation
-    steps: int = flag(1_500, "training steps")
+    steps: int = flag(1_500, "training steps", group="optimisation")
     batch: int = flag(32, "sequences in a batch: two from each of batch / 2 tasks")
     lr: float = flag(3e-3, "AdamW's peak learning rate")
     warmup: int = flag(100, "steps of linear warm-up; a cosine to zero follows")
     weight_decay: float = flag(1e-4, "AdamW's weight decay")
     clip: float = flag(1.0, "largest norm of the gradient")
-    # evaluation
-    eval_every: int = flag(500, "training steps between evaluations on the test tasks; a checkpoint goes with each")
+    eval_every: int = flag(
+        500, "training steps between evaluations on the test tasks; a checkpoint goes with each", group="evaluation"
+    )
     explore: float = flag(0.6, "standard deviation of the actions in the first episode, when nothing is in context")
     noise: float = flag(0.0, "standard deviation of the actions in all later episodes")
     eval_episodes: int = flag(10, "episodes that a test task is acted in, in one context")
-    # system
-    seed: int = flag(0, "random seed of training (the data has its own)")
+    seed: int = flag(0, "random seed of training (the data has its own)", group="system")
     device: str = flag("cpu", "cpu, cuda or mps")
     dtype: str = flag("float32", "float32, or bfloat16 for autocast (routers stay in float32)")
     data: str = flag("data", "folder of the datasets")
@@ -150,6 +150,34 @@ def make_config(env="point_robot", mode="dpt", **given):
             raise BadInput(message)
     check_device(c.device)
     return c
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several processes (torchrun): each computes its share of the batch, and all take the same step
+
+
+def this_process():
+    """This process's rank and the number of processes: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def of_all(x):
+    """x of all processes, one behind the other along the first dimension, with gradients; without torchrun x itself.
+
+    A loss of what this returns is the whole batch's, the same in every process, and the mean over processes of its
+    gradients is its gradient.
+    """
+    return torch.cat(dist.nn.functional.all_gather(x.contiguous())) if dist.is_initialized() else x
+
+
+def average_gradients(parameters):
+    """Replaces all gradients by their mean over the processes, in one exchange."""
+    if dist.is_initialized():
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        for g, mean in zip(gradients, (flat / dist.get_world_size()).split([g.numel() for g in gradients])):
+            g.copy_(mean.view_as(g))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -254,6 +282,7 @@ class TokenMoE(nn.Module):
                 # (2) Balance loss: w_imp CV(Imp)^2 + w_load CV(Load)^2.
                 importance = torch.zeros_like(clean).scatter(1, chosen, gates).sum(0)  # (K1,)
                 load = load_probability(clean, noisy, sigma, self.top_k).sum(0)  # (K1,)
+                importance, load = of_all(torch.stack([importance, load])[None]).sum(0)
                 balance = self.w_imp * cv_squared(importance) + self.w_load * cv_squared(load)
         return self.experts(h, gates, chosen), balance
 
@@ -281,7 +310,8 @@ class TaskMoE(nn.Module):
     def contrast(self, h_mean, task_ids):
         """InfoNCE loss (4) of whole contexts: h_mean (B, d_model), task_ids (B,)."""
         with torch.autocast(h_mean.device.type, enabled=False):
-            return info_nce(self.router(h_mean), self.key_router(h_mean).detach(), self.W, task_ids)
+            z, k = of_all(self.router(h_mean)), of_all(self.key_router(h_mean).detach())
+            return info_nce(z, k, self.W, of_all(task_ids))
 
     @torch.no_grad()
     def update_key_router(self):
@@ -556,7 +586,10 @@ class Batches:
             raise BadInput(
                 f"--context {c.context} is more than the dataset's {data['states'].shape[1]} episodes a task"
             )
-        self.c = c
+        rank, processes = this_process()
+        if c.batch % processes:
+            raise BadInput(f"--batch {c.batch} must be a multiple of the {processes} processes")
+        self.c, self.mine = c, slice(rank, None, processes)  # all processes draw the batch, each looks up its rows
         self.rng = torch.Generator(c.device).manual_seed(c.seed)
         keys = ("states", "actions", "rewards", "expert_actions")
         tensors = (torch.as_tensor(data[key][train], device=c.device) for key in keys)
@@ -580,23 +613,20 @@ class Batches:
             episode = place if c.history == "chronological" else self.by_return[task[:, None], place]
         else:
             episode = self.draw(c.batch, 1, below=E)  # a prompt of any quality
-        at = task[:, None], episode
+        task = task[self.mine]
+        at = task[:, None], episode[self.mine]
         batch = {"states": self.states[at], "actions": self.actions[at], "rewards": self.rewards[at], "task_ids": task}
         if c.mode == "dpt":
-            shape = c.batch, c.queries
-            at = task[:, None], self.draw(*shape, below=E), self.draw(*shape, below=T)
-            batch |= {
-                "queries": self.states[at],
-                "labels": self.labels[at],
-                "prefix": 3 * self.draw(*shape, below=T + 1),
-            }
+            episode, time, seen = (self.draw(c.batch, c.queries, below=n)[self.mine] for n in (E, T, T + 1))
+            at = task[:, None], episode, time
+            batch |= {"queries": self.states[at], "labels": self.labels[at], "prefix": 3 * seen}
         return batch
 
 
 def open_dataset(c):
     """The dataset of c.env as a dict of arrays (see collect.py); collects it first where it is missing."""
     path = Path(c.data) / f"{c.env}.npz"
-    if not path.exists():
+    if not path.exists() and this_process() == (0, 1):
         print(f"{path} is missing: collecting it now (about a minute for point_robot, 15 for cheetah_vel)")
         collect(c.env, out=c.data)
     data = load(path)
@@ -692,11 +722,14 @@ def learning_rate(step, c):
 def save(path, model, optimizer, batches, step, pending):
     """Writes a checkpoint: all that is needed to act (`config`, `model`) and to go on training.
 
-    `pending` is what the log has not seen yet: the sums of the losses, and the step after which they begin.
+    `pending` is what the log has not seen yet: the sums of the losses, and the step after which they begin. Under
+    torchrun all processes call this, and the first one writes.
     """
-    rng = {"torch": torch.get_rng_state(), "batches": batches.rng.get_state()}
+    rng = {"torch": of_all(torch.get_rng_state()[None]), "batches": batches.rng.get_state()}
     if model.state_mean.is_cuda:
-        rng["cuda"] = torch.cuda.get_rng_state(model.state_mean.device)
+        rng["cuda"] = of_all(torch.cuda.get_rng_state(model.state_mean.device)[None])
+    if this_process()[0] != 0:
+        return
     content = {"config": dataclasses.asdict(model.config), "model": model.state_dict()}
     content |= {"optimizer": optimizer.state_dict(), "rng": rng, "step": step, "pending": pending}
     write_atomically(path, lambda file: torch.save(content, file))
@@ -704,6 +737,7 @@ def save(path, model, optimizer, batches, step, pending):
 
 def restore(path, device="cpu"):
     """Reads a checkpoint; returns the model (in evaluation mode) and the checkpoint's dict. Raises BadInput."""
+    check_device(device)
     try:
         content = torch.load(path, map_location=device, weights_only=True)
         model = T2MIR(Config(**{**content["config"], "device": device})).to(device)
@@ -714,6 +748,9 @@ def restore(path, device="cpu"):
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadInput(f"{path} is damaged or does not fit this code ({reason}): train again") from None
     return model.eval(), content
+
+
+CHECK_EVERY = 50  # training steps between looks at the loss; on a GPU a look costs a wait
 
 
 @contextmanager
@@ -736,9 +773,11 @@ def interruptible():
 def train(c, resume=None):
     """Trains, evaluates and leaves the run folder that it returns; `resume` is the checkpoint dict to go on from.
 
-    The folder holds config.json, log.csv, ckpt.pt (the last state: nothing is picked), incontext.csv and incontext.png.
+    The folder holds config.json, log.csv, ckpt.pt (the last state), best.pt (that of the best test score in the log:
+    picked on the test tasks, so nothing reported comes from it), incontext.csv and incontext.png (of the last state).
     Raises BadInput where the data does not fit, and FloatingPointError on a loss that is no number.
     """
+    rank, processes = this_process()
     data = open_dataset(c)
     default = "-".join([c.env, *c.variant.replace("T2MIR-", "t2mir_").split(), f"seed{c.seed}"]).lower()
     folder = Path(c.runs) / (c.name or default.translate(str.maketrans("", "", "(),")))
@@ -757,15 +796,21 @@ def train(c, resume=None):
     batches = Batches(c, data)
     test_tasks = data["tasks"][data["test"]]
     start_step = 0
+    if rank:
+        torch.manual_seed(c.seed + rank)  # dropout and the routers' noise differ between processes
     if resume is not None:
+        if len(resume["rng"]["torch"]) != processes:
+            raise BadInput(f"{folder} ran in {len(resume['rng']['torch'])} processes: go on with as many")
         start_step = resume["step"]
         model.load_state_dict(resume["model"])
         optimizer.load_state_dict(resume["optimizer"])
         batches.rng.set_state(resume["rng"]["batches"].cpu())
-        torch.set_rng_state(resume["rng"]["torch"].cpu())
+        torch.set_rng_state(resume["rng"]["torch"][rank].cpu())
         if "cuda" in resume["rng"]:
-            torch.cuda.set_rng_state(resume["rng"]["cuda"].cpu(), c.device)
-    write_atomically(folder / "config.json", lambda f: f.write(json.dumps(dataclasses.asdict(c), indent=1).encode()))
+            torch.cuda.set_rng_state(resume["rng"]["cuda"][rank].cpu(), c.device)
+    if rank == 0:
+        config = json.dumps(dataclasses.asdict(c), indent=1).encode()
+        write_atomically(folder / "config.json", lambda f: f.write(config))
     columns = ["step", "loss", "action", "balance", "contrastive", "test_return", "test_score", "tokens_per_s"]
     rows = []
     if (folder / "log.csv").exists():
@@ -780,7 +825,8 @@ def train(c, resume=None):
     model.train()
     started = clock = time.perf_counter()
     with interruptible() as stop:
-        progress = tqdm(range(start_step, c.steps), initial=start_step, total=c.steps, desc=folder.name, disable=None)
+        bar = dict(initial=start_step, total=c.steps, desc=folder.name, disable=True if rank else None)
+        progress = tqdm(range(start_step, c.steps), **bar)
         for step in progress:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, c)
@@ -789,37 +835,53 @@ def train(c, resume=None):
             loss = losses["action"] + losses["balance"] + c.w_con * losses["contrastive"]  # (6) the objective
             optimizer.zero_grad()
             loss.backward()
+            average_gradients(model.parameters())
             nn.utils.clip_grad_norm_(model.parameters(), c.clip)
             optimizer.step()
             for moe in model.task_moes:
                 moe.update_key_router()
             sums += torch.stack([loss, losses["action"], losses["balance"], losses["contrastive"]]).detach()
             done = step + 1
-            if done % c.eval_every == 0 or done == c.steps or stop.is_set():
-                means = (sums / (done - since)).tolist()  # beside the experts' counts, the only wait for the device
-                speed = tokens * (done - max(since, start_step)) / (time.perf_counter() - clock)
-                if not all(map(math.isfinite, means)):
-                    raise FloatingPointError(
-                        f"the loss is {means[0]} in steps {since + 1} to {done}: {folder / 'ckpt.pt'} is the last good "
-                        f"state, if there is one; try a smaller --lr"
-                    )
-                if stop.is_set() and done < c.steps:
-                    save(folder / "ckpt.pt", model, optimizer, batches, done, [sums, since])
-                    raise KeyboardInterrupt(f"stopped after step {done}, go on with: python t2mir.py --resume {folder}")
+            stopping = (
+                stop.is_set() if processes == 1 else done % 20 == 0 and of_all(torch.tensor([stop.is_set()])).any()
+            )
+            if not (done % c.eval_every == 0 or done == c.steps or stopping or done % CHECK_EVERY == 0):
+                continue
+            sums = of_all(sums[None]).mean(0)
+            means = (sums / (done - since)).tolist()  # beside the experts' counts, the only wait for the device
+            if not all(map(math.isfinite, means)):
+                raise FloatingPointError(
+                    f"the loss became {means[0]} between steps {max(since, done - CHECK_EVERY) + 1} and {done}: "
+                    f"{folder / 'ckpt.pt'} is the last good state, if there is one; try a smaller --lr"
+                )
+            progress.set_postfix_str(f"loss {means[0]:.4f}")
+            if stopping and done < c.steps:
+                save(folder / "ckpt.pt", model, optimizer, batches, done, [sums, since])
+                raise KeyboardInterrupt(f"stopped after step {done}, go on with: python t2mir.py --resume {folder}")
+            if not (done % c.eval_every == 0 or done == c.steps):
+                continue
+            speed = tokens * (done - max(since, start_step)) / (time.perf_counter() - clock)
+            sums, since = torch.zeros_like(sums), done
+            best = False
+            if rank == 0:
                 returns = evaluate(model, test_tasks, c.eval_episodes)
                 last = returns[-1].mean(), normalised(returns, data)[-1].mean()
                 rows.append([done, *(f"{x:.6g}" for x in (*means, *last)), round(speed)])
                 write_csv(folder / "log.csv", columns, rows)
-                sums, since = torch.zeros_like(sums), done
-                save(folder / "ckpt.pt", model, optimizer, batches, done, [sums, since])
+                scores = [float(row[columns.index("test_score")]) for row in rows]
+                best = scores[-1] == max(scores)
                 left = (time.perf_counter() - started) / (done - start_step) * (c.steps - done)
                 progress.write(
                     f"step {done}/{c.steps}: loss {means[0]:.4f} (action {means[1]:.4f}, balance {means[2]:.4f}, "
                     f"contrastive {means[3]:.4f}), test return {last[0]:.2f} (score {last[1]:.3f}), "
                     f"{speed:,.0f} tokens/s, {left:.0f} s left"
                 )
-                clock = time.perf_counter()
-    report(folder, model, data)
+            if of_all(torch.tensor([best])).any():
+                save(folder / "best.pt", model, optimizer, batches, done, [sums, since])
+            save(folder / "ckpt.pt", model, optimizer, batches, done, [sums, since])
+            clock = time.perf_counter()
+    if rank == 0:
+        report(folder, model, data)
     return folder
 
 
@@ -897,7 +959,7 @@ def mean_se(values):
     return f"{values.mean():.3f}" + (f" ± {values.std(ddof=1) / len(values) ** 0.5:.3f}" if len(values) > 1 else "")
 
 
-def figures(runs, out):
+def figures(runs, out="figures"):
     """Compares finished runs, each with its last state: a Markdown table, results.csv and pictures in folder `out`.
 
     The table has mean ± standard error over the runs (seeds) of a variant.
@@ -1073,33 +1135,65 @@ def plot_gradients(runs, data, out):
     save_figure(fig, out / "gradients.png")
 
 
+def act_in_fresh_tasks(run, num_tasks, **given):
+    """Prints the returns, by episode in context, of a run's agent in `num_tasks` tasks that no dataset holds.
+
+    `run` is a run's folder (its last state) or a checkpoint; `given` are fields of Config, `seed` that of the tasks.
+    """
+    if num_tasks < 2:
+        raise BadInput(f"--tasks {num_tasks} is too small: the least is 2, for a standard error")
+    path = Path(run) if Path(run).is_file() else Path(run) / "ckpt.pt"
+    model, content = restore(path, given.get("device", "cpu"))
+    c = model.config = make_config(**{**content["config"], "device": "cpu", **given})
+    tasks = sample_tasks(c.env, num_tasks, [c.seed, 1])  # a dataset's seed is a single number
+    returns = evaluate(model, tasks, c.eval_episodes, seed=c.seed)
+    random = play(c.env, tasks, None, 1, c.seed, c.device)
+    print(f"{path}: {c.env}, {c.variant}, {num_tasks} fresh tasks of --seed {c.seed}; mean return ± its standard error")
+    for name, r in [("random", random), *((f"episode {i}", r) for i, r in enumerate(returns, 1))]:
+        print(f"{name:12}{r.mean():9.2f} ± {r.std(ddof=1) / len(r) ** 0.5:.2f}")
+
+
 def main(argv):
+    if (
+        "LOCAL_RANK" in os.environ and not dist.is_initialized()
+    ):  # torchrun started this process and others; while one evaluates, the others wait
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     given = parse_flags(
         Config,
         argv,
+        "Trains T2MIR, or with both MoEs off its dense baseline, and evaluates it on unseen tasks. The defaults shown "
+        "are those of point_robot in dpt mode; PRESETS in t2mir.py has what differs.",
         resume=dict(metavar="RUN", help="go on with the run in this folder from its checkpoint, with its own flags"),
+        eval=dict(metavar="RUN", help="act in fresh tasks with this run's agent (a folder, or one of its .pt files)"),
+        tasks=dict(type=int, metavar="INT", help="how many fresh tasks --eval draws, by --seed [100]"),
         figures=dict(metavar="RUN", nargs="+", help="compare finished runs: a table, results.csv and pictures"),
-        out=dict(default="figures", metavar="FOLDER", help="where --figures writes"),
+        out=dict(metavar="FOLDER", help="where --figures writes [figures]"),
     )
-    out, runs, resume = given.pop("out"), given.pop("figures", None), given.pop("resume", None)
-    if runs:
-        figures(runs, out)
-    elif resume:
-        if given:
-            raise BadInput(f"--resume keeps the run's own flags: leave out --{next(iter(given))}")
-        _, content = restore(Path(resume) / "ckpt.pt")
-        folder = Path(resume).resolve()
+    # what may stand beside a flag that asks for something else than training
+    jobs = {
+        "figures": {"out"},
+        "resume": set(),
+        "eval": {"tasks", "seed", "eval_episodes", "explore", "noise", "device"},
+    }
+    job = next((name for name in jobs if name in given), None)
+    run = given.pop(job, None)
+    for name in given:
+        if name not in jobs.get(job, {f.name for f in dataclasses.fields(Config)}):
+            raise BadInput(f"--{name} does not go with {f'--{job}' if job else 'training'}: leave it out")
+    if job == "figures":
+        figures(run, **given)
+    elif job == "eval":
+        act_in_fresh_tasks(run, given.pop("tasks", 100), **given)
+    elif job == "resume":
+        _, content = restore(Path(run) / "ckpt.pt")
+        folder = Path(run).resolve()
         train(make_config(**{**content["config"], "runs": str(folder.parent), "name": folder.name}), content)
     else:
         train(make_config(**given))
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (BadInput, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as stopped:
-        print(str(stopped) or "interrupted", file=sys.stderr)
-        sys.exit(130)
+    command_line(main)

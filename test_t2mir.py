@@ -7,11 +7,13 @@ In the order of the files: environments, data collection, experts and losses, th
 
 import copy
 import csv
+import dataclasses
 import io
 import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,7 +29,9 @@ from torch import distributions
 from torch.utils.flop_counter import FlopCounterMode
 
 import t2mir
-from collect import BadInput, BatchedSAC, Collection, collect, flops_of_update, load, resolve
+from collect import BadInput, BatchedSAC, Collection, collect, command_line, flops_of_update, load, resolve
+from collect import main as collect_main
+from collect import write_atomically
 from envs import ENVS, make_vec, sample_tasks
 from t2mir import T2MIR, Batches, TaskMoE, TokenMoE, evaluate, make_config
 
@@ -859,20 +863,18 @@ def test_a_run_repeats_and_leaves_its_folder(mode, folder, tmp_path, monkeypatch
     save, trained = t2mir.save, []
 
     def save_and_keep(path, model, *rest):
-        trained.append(copy.deepcopy(model).eval())
+        if path.name == "ckpt.pt":
+            trained.append(copy.deepcopy(model).eval())
         save(path, model, *rest)
 
     monkeypatch.setattr(t2mir, "save", save_and_keep)
     run, again, other = (short_run(mode, folder, tmp_path, seed, f"run{i}") for i, seed in enumerate((5, 5, 6)))
     log = rows(run / "log.csv")
     assert [row["step"] for row in log] == ["3", "6"] and log == rows(again / "log.csv") != rows(other / "log.csv")
-    assert sorted(p.name for p in run.iterdir()) == [
-        "ckpt.pt",
-        "config.json",
-        "incontext.csv",
-        "incontext.png",
-        "log.csv",
-    ]
+    names = ["best.pt", "ckpt.pt", "config.json", "incontext.csv", "incontext.png", "log.csv"]
+    assert sorted(p.name for p in run.iterdir()) == names
+    best = max(log, key=lambda row: float(row["test_score"]))
+    assert t2mir.restore(run / "best.pt")[1]["step"] == int(best["step"])
     assert json.loads((run / "config.json").read_text())["seed"] == 5
     assert (run / "incontext.png").read_bytes()[:4] == b"\x89PNG"
     model, content = t2mir.restore(run / "ckpt.pt")
@@ -902,17 +904,78 @@ def test_a_run_repeats_and_leaves_its_folder(mode, folder, tmp_path, monkeypatch
 # Bad input
 
 
-WRONG = ["--env nope", "--mode nope", "--nope 1", "--lr abc", "--lr nan", "--steps 0", "--d_model 30", "--moe_layers 9"]
-WRONG += ["--moe_layers x", "--batch 7", "--top_k 6", "--dropout 1", "--history nope", "--dtype nope", "--device nope"]
+# What stands before the bar are the flags of t2mir.py, or of collect.py; behind it, what the message must name.
+TRAIN = """
+--env nope | --env 'nope'
+--mode nope | --mode 'nope'
+--nope 1 | --nope
+--stepz 9 | --stepz 9: did you mean --steps?
+--lr abc | --lr: invalid float value: 'abc'
+--lr nan | --lr nan
+--lr -1 | --lr -1
+--steps 0 | --steps 0
+--steps 1.5 | --steps: invalid int value: '1.5'
+--steps | --steps
+--warmup -1 | --warmup -1
+--d_model 30 | --d_model 30
+--moe_layers 9 | --moe_layers 9
+--moe_layers x | --moe_layers x
+--batch 7 | --batch 7
+--batch 64 | --batch 64
+--top_k 6 | --top_k 6
+--dropout 1 | --dropout 1
+--history nope | --history 'nope'
+--dtype nope | --dtype 'nope'
+--device nope | --device nope
+word | word
+--tasks 9 | --tasks
+--mode ad --batch 4 --context 99 | --context 99
+--runs FILE --batch 4 | FILE
+--eval none | none/ckpt.pt
+--eval FOLDER | FOLDER/ckpt.pt
+--eval FILE | FILE is damaged
+--eval none --tasks 1 | --tasks 1
+--eval none --lr 1 | --lr
+--eval none --device nope | --device nope
+--resume none | none/ckpt.pt
+--resume none --lr 1 | --lr
+--figures none | none
+--figures | --figures
+--resume none --figures none | --resume"""
+COLLECT = """
+--env nope | 'nope'
+--episodes 100000 | --episodes 100000
+--random_steps 2200 | --random_steps 2200
+--lr -1 | --lr -1.0
+--hidden 0 | --hidden 0
+--gamma 1 | --gamma 1
+--tau 2 | --tau 2
+--dtype nope | --dtype nope
+--device nope | --device nope
+--paper | --paper
+--out FILE | FILE
+--epizodes 3 | --epizodes 3: did you mean --episodes?"""
+CASES = [(t2mir.main, case) for case in TRAIN.split("\n")[1:]]
+CASES += [(collect_main, case) for case in COLLECT.split("\n")[1:]]
 
 
-@pytest.mark.parametrize("argv", WRONG)
-def test_a_wrong_flag_is_named(argv, folder, tmp_path):
-    """main raises BadInput with one line that holds the flag and, where there is one, the value."""
-    with pytest.raises(BadInput) as caught:
-        t2mir.main([*argv.split(), "--data", folder, "--runs", str(tmp_path / "runs")])
-    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in argv.split() if word != "1")
-    assert not (tmp_path / "runs").exists()
+@pytest.mark.parametrize("command, case", CASES, ids=[case for _, case in CASES])
+def test_bad_input_ends_in_one_line_and_code_2(command, case, folder, tmp_path, monkeypatch, capsys):
+    """At the command line: exit code 2, one line on stderr that names the fault, nothing on stdout, no new file."""
+    flags, said = case.split(" | ")
+    (tmp_path / "FILE").write_bytes(b"no checkpoint")
+    (tmp_path / "FOLDER").mkdir()
+    monkeypatch.chdir(tmp_path)
+    others = command is collect_main or any(flag in flags for flag in ("--eval", "--figures", "--resume"))
+    where = [] if others else ["--data", folder]
+    monkeypatch.setattr(sys, "argv", ["program", *flags.split(), *where])
+    with pytest.raises(SystemExit) as ended:
+        command_line(command)
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and said in err, (
+        err
+    )
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["FILE", "FOLDER"]
 
 
 def test_a_dataset_that_does_not_fit_is_named(folder, tmp_path):
@@ -928,34 +991,51 @@ def test_a_dataset_that_does_not_fit_is_named(folder, tmp_path):
         assert not (tmp_path / "runs").exists(), f"{message}: {list((tmp_path / 'runs').iterdir())}"
 
 
-@pytest.mark.parametrize("given", [{"episodes": 100_000}, {"random_steps": 2200}, {"lr": -1.0}, {"hidden": 0}])
-def test_collect_refuses_nonsense(given, tmp_path):
-    """collect raises BadInput before it writes anything."""
-    with pytest.raises(BadInput, match=f"--{next(iter(given))}"):
-        collect("point_robot", out=str(tmp_path / "data"), **given)
-    assert not (tmp_path / "data").exists()
+def test_a_script_exits_with_its_code(tmp_path):
+    """The same as a process of its own, once for each script."""
+    for script, flag in (("t2mir.py", "--data ."), ("collect.py", "--paper")):
+        (tmp_path / "point_robot.npz").write_bytes(b"no dataset")
+        ended = subprocess.run(
+            [sys.executable, HERE / script, *flag.split()], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert ended.returncode == 2 and ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
+        assert [p.name for p in tmp_path.iterdir()] == ["point_robot.npz"]
 
 
-COMMANDS = ["t2mir.py --env nope", "t2mir.py --lr abc", "t2mir.py --data .", "collect.py --paper"]
+def test_help_has_every_flag_with_its_default(capsys):
+    """One line or two for each field, under the headings in the order of the file."""
+    with pytest.raises(SystemExit):
+        t2mir.main(["--help"])
+    text = re.sub(r"\s", "", capsys.readouterr().out)  # argparse breaks lines at hyphens too
+    for f in dataclasses.fields(t2mir.Config):
+        said = f.metadata["help"] + f" [{f.default}]" * (f.default not in (False, ""))
+        assert re.sub(r"\s", "", f"--{f.name} {f.type.__name__.upper()} {said}".replace(" BOOL", "")) in text, f.name
+    groups = ["what to train", "model", "mixture of experts", "context", "optimisation", "evaluation", "system"]
+    places = [text.index(group.replace(" ", "") + ":--") for group in groups]
+    assert places == sorted(places)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_bad_input_ends_in_one_line_and_code_2(command, tmp_path):
-    """At the command line: exit code 2, one line on stderr, no new file."""
-    (tmp_path / "point_robot.npz").write_bytes(b"no dataset")
-    script, *argv = command.split()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(
-        [sys.executable, HERE / script, *argv],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert ended.returncode == 2
-    assert ended.stderr.startswith("error: ") and ended.stderr.endswith("\n") and ended.stderr.count("\n") == 1
-    assert [p.name for p in tmp_path.iterdir()] == ["point_robot.npz"]
+def test_a_loss_that_is_no_number_stops_the_run(folder, tmp_path):
+    """Within the next look at the loss, long before the next evaluation, and the last checkpoint stays finite."""
+    given = dict(data=folder, runs=str(tmp_path), steps=500, eval_every=60, eval_episodes=1, name="run", warmup=100)
+    with pytest.raises(FloatingPointError, match=r"between steps \d+ and \d+: .*ckpt.pt is the last good state"):
+        t2mir.train(tiny("dpt", lr=1e22, **given))
+    assert not (tmp_path / "run" / "ckpt.pt").exists()
+
+
+def test_a_full_disk_is_said_and_leaves_the_old_file(tmp_path):
+    """With the largest file size set to 50,000 bytes, a larger write fails in one line, and the old content stays."""
+    resource = pytest.importorskip("resource")
+    path, before = tmp_path / "file", resource.getrlimit(resource.RLIMIT_FSIZE)
+    write_atomically(path, lambda file: file.write(b"old"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(BadInput, match="file cannot be written .*: make room") as caught:
+            write_atomically(path, lambda file: torch.save(torch.zeros(100_000), file))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("mode", ["ad", "dpt"])
@@ -979,3 +1059,51 @@ def test_a_run_stopped_by_ctrl_c_goes_on_as_if_nothing_had_been(folder, mode, tm
     logs = [list(csv.reader(open(run / "log.csv"))) for run in (whole, tmp_path / "broken")]
     assert [row[:-1] for row in logs[0]] == [row[:-1] for row in logs[1]]  # all but the speed
     assert (whole / "incontext.csv").read_text() == (tmp_path / "broken" / "incontext.csv").read_text()
+
+
+def test_eval_acts_in_fresh_tasks(folder, tmp_path, capsys):
+    """--eval prints what `evaluate` returns on tasks drawn apart from the dataset's, of a folder or a checkpoint."""
+    run = short_run("dpt", folder, tmp_path, 5, "run")
+    stored = load(f"{folder}/point_robot.npz")
+    for name in ("ckpt.pt", "best.pt"):
+        capsys.readouterr()
+        where = run if name == "ckpt.pt" else run / name
+        t2mir.main(["--eval", str(where), "--tasks", "6", "--seed", "3", "--eval_episodes", "2"])
+        said = {line[:12].strip(): line[12:] for line in capsys.readouterr().out.splitlines()[1:]}
+        assert list(said) == ["random", "episode 1", "episode 2"]
+        tasks = sample_tasks("point_robot", 6, [3, 1])
+        assert not (tasks[:, None] == stored["tasks"]).all(-1).any()  # the dataset's seed is 3 too
+        for i, returns in enumerate(evaluate(t2mir.restore(run / name)[0], tasks, 2, seed=3), 1):
+            mean, error = map(float, said[f"episode {i}"].split("±"))
+            assert abs(mean - returns.mean()) < 0.006 and abs(error - np.std(returns, ddof=1) / 6**0.5) < 0.006
+
+
+SEVERAL = """
+import sys, torch, t2mir
+torch.set_num_threads(1)
+torch.randn_like = torch.zeros_like  # no noise in the routers: what is left must not depend on the processes
+for mode in ("ad", "dpt"):
+    t2mir.main([*sys.argv[2:], "--mode", mode, "--name", mode + sys.argv[1]])
+"""
+
+
+def test_two_processes_follow_one(folder, tmp_path):
+    """torchrun with half the batch each logs what one process does with all of it, for 20 steps, in both modes: the
+    balance loss and InfoNCE's negatives are of the whole batch."""
+    (tmp_path / "several.py").write_text(SEVERAL)
+    flags = "--steps 20 --eval_every 1 --eval_episodes 1 --batch 8 --queries 5 --context 3 --d_model 16 --n_heads 2 "
+    flags += "--n_layers 2 --moe_layers all --token_experts 4 --task_experts 4 --warmup 2 --dropout 0"
+    flags = [*flags.split(), "--data", folder, "--runs", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    for processes, how in (("1", []), ("2", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])):
+        command = [sys.executable, *how, tmp_path / "several.py", processes, *flags]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+        assert ended.returncode == 0, ended.stderr
+    for mode in ("ad", "dpt"):
+        one, two = (rows(tmp_path / (mode + processes) / "log.csv") for processes in "12")
+        assert len(one) == len(two) == 20
+        for a, b in zip(one, two):
+            for key in ("loss", "action", "balance", "contrastive"):
+                assert abs(float(a[key]) - float(b[key])) < 2e-5 * max(1, abs(float(a[key]))), (a, b)
+        with pytest.raises(BadInput, match="ran in 2 processes"):
+            t2mir.main(["--resume", str(tmp_path / f"{mode}2")])

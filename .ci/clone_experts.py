@@ -46,6 +46,5 @@ cloned = play(name, data["tasks"], clones, 20, 2, "cpu")
 score = (cloned - random) / (expert - random)
 print(f"{name}: mean squared error of an action {loss.item() / len(states):.4f}")
 print(f"return, mean over tasks: random {random.mean():.1f}, expert {expert.mean():.1f}, clone {cloned.mean():.1f}")
-print(
-    f"(clone - random) / (expert - random): mean {score.mean():.3f}, median {np.median(score):.3f}, worst {score.min():.3f}"
-)
+print(f"(clone - random) / (expert - random): mean {score.mean():.3f}, median {np.median(score):.3f}, ", end="")
+print(f"worst {score.min():.3f}")
