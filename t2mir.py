@@ -22,7 +22,10 @@ import json
 import math
 import os
 import pickle
+import resource
 import signal
+import statistics
+import sys
 import threading
 import time
 from collections import deque
@@ -263,8 +266,8 @@ class TokenMoE(nn.Module):
         self.noise = nn.Linear(d_model, num_experts, bias=False)  # W_noise
         self.experts = Experts(num_experts, d_model, hidden, d_out)
 
-    def forward(self, h):
-        """h (N, d_model) -> y_tok (N, d_out) and the balance loss, a scalar (zero when not training)."""
+    def forward(self, h, read=slice(None)):
+        """h (N, d_model) -> y_tok (n, d_out) of tokens h[read], and the balance loss of all N (0 if not training)."""
         with torch.autocast(h.device.type, enabled=False):  # routing decides on small differences: always float32
             exact = h.float() if h.dtype == torch.bfloat16 else h
             clean = noisy = self.router(exact)  # g(h), (N, K1)
@@ -284,7 +287,7 @@ class TokenMoE(nn.Module):
                 load = load_probability(clean, noisy, sigma, self.top_k).sum(0)  # (K1,)
                 importance, load = of_all(torch.stack([importance, load])[None]).sum(0)
                 balance = self.w_imp * cv_squared(importance) + self.w_load * cv_squared(load)
-        return self.experts(h, gates, chosen), balance
+        return self.experts(h[read], gates[read], chosen[read]), balance
 
 
 class TaskMoE(nn.Module):
@@ -396,15 +399,18 @@ class T2MIRLayer(nn.Module):
         if not c.no_task_moe:
             self.task_moe = TaskMoE(d, *shape, c.task_experts, c.top_k, c.momentum)
 
-    def forward(self, h, h_mean):
-        """h, h_mean (B, L, d_model) -> (B, L, d_model) and the balance loss."""
-        flat, outputs, balance = h.flatten(0, 1), [], 0.0
+    def forward(self, h, h_mean, read=slice(None)):
+        """h, h_mean (B, L, d_model) -> outputs (B, l, d_model) of tokens h[:, read], and the balance loss of all."""
+        B, L, _ = h.shape
+        h, h_mean = h.flatten(0, 1), h_mean if h_mean is None else h_mean.flatten(0, 1)  # (B * L, d_model)
+        read = torch.arange(B * L, device=h.device).view(B, L)[:, read].flatten()  # (B * l,)
+        outputs, balance = [], 0.0
         if self.token_moe is not None:
-            y, balance = self.token_moe(flat)
+            y, balance = self.token_moe(h, read)
             outputs.append(y)
         if self.task_moe is not None:
-            outputs.append(self.task_moe(flat, h_mean.flatten(0, 1)))
-        return torch.cat(outputs, dim=-1).view_as(h), balance
+            outputs.append(self.task_moe(h[read], h_mean[read]))
+        return torch.cat(outputs, dim=-1).unflatten(0, (B, -1)), balance
 
 
 class Block(nn.Module):
@@ -421,17 +427,17 @@ class Block(nn.Module):
             width = 6 * d if here else 4 * d  # the baseline spends there what the T2MIR layer would
             self.mlp = nn.Sequential(nn.Linear(d, width, bias=False), nn.GELU(), nn.Linear(width, d, bias=False))
 
-    def forward(self, x, mask, prefix, cache=None):
-        """x (B, L, d_model) -> the same, the prefix means that the task router saw (or None), the balance loss."""
+    def forward(self, x, mask, prefix, cache=None, read=slice(None)):
+        """x (B, L, d_model) -> outputs of tokens x[:, read], the task router's prefix means or None, balance loss."""
         x = x + self.dropout(self.attention(self.norm1(x), mask, cache))
         h = self.norm2(x)
         if self.moe is None:
-            return x + self.dropout(self.mlp(h)), None, 0.0
+            return x[:, read] + self.dropout(self.mlp(h[:, read])), None, 0.0
         h_mean = None
         if self.moe.task_moe is not None:
             h_mean = prefix_mean(h, prefix) if cache is None else cache.prefix_mean(h)
-        y, balance = self.moe(h, h_mean)
-        return x + self.dropout(y), h_mean, balance  # (5) the residual sum
+        y, balance = self.moe(h, h_mean, read)
+        return x[:, read] + self.dropout(y), h_mean, balance  # (5) the residual sum
 
 
 class T2MIR(nn.Module):
@@ -471,13 +477,18 @@ class T2MIR(nn.Module):
         a, r = self.embed_action(actions) + time, self.embed_reward(rewards[..., None]) + time
         return torch.stack([s, a, r], dim=2).flatten(1, 2)
 
-    def trunk(self, x, prefix=None, cache=None):
-        """The blocks: tokens (B, L, d_model) -> outputs (B, L, d_model), prefix means by MoE block, balance loss."""
+    def trunk(self, x, prefix=None, cache=None, read=slice(None)):
+        """The blocks: tokens (B, L, d_model) -> outputs of the tokens `read`, prefix means by MoE block, balance loss.
+
+        Only actions are predicted, so the last block's experts are computed for the few tokens that predict them.
+        """
         past = 0 if cache is None else cache.length
         mask = None if prefix is None and past == 0 else visible(x.shape[1], prefix, past, x.device)
         x, means, balance = self.dropout(x), [], 0.0
         for i, block in enumerate(self.blocks):
-            x, h_mean, b = block(x, mask, prefix, None if cache is None else cache.layer(i))
+            last = i == len(self.blocks) - 1
+            layer = None if cache is None else cache.layer(i)
+            x, h_mean, b = block(x, mask, prefix, layer, read if last else slice(None))
             if h_mean is not None:
                 means.append(h_mean)
             balance = balance + b
@@ -500,14 +511,14 @@ class T2MIR(nn.Module):
         if self.config.mode == "ad":
             # AD: a context of K episodes, ordered by `history`; the action that the learning agent took at each step is
             # predicted at the step's state token.
-            x, means, balance = self.trunk(x)
-            predicted, wanted = self.act(x[:, 0::3]), actions.flatten(1, 2)  # (B, K * T, act_dim)
+            x, means, balance = self.trunk(x, read=slice(0, None, 3))
+            predicted, wanted = self.act(x), actions.flatten(1, 2)  # (B, K * T, act_dim)
         else:
             # DPT: one episode as prompt, then the queries. They come last, so that the prompt cannot see them: one
             # prompt serves them all, and when acting its cached keys and values stay valid whatever is asked.
             queries = self.state_tokens(batch["queries"], self.horizon)
-            x, means, balance = self.trunk(torch.cat([x, queries], dim=1), batch["prefix"])
-            predicted, wanted = self.act(x[:, n:]), batch["labels"]  # (B, Q, act_dim)
+            x, means, balance = self.trunk(torch.cat([x, queries], dim=1), batch["prefix"], read=slice(n, None))
+            predicted, wanted = self.act(x), batch["labels"]  # (B, Q, act_dim)
         zero = predicted.new_zeros((), dtype=torch.float32)
         contrastive = zero
         if not self.config.no_contrastive:
@@ -520,7 +531,7 @@ class T2MIR(nn.Module):
 
         `keep` adds x to the cache; DPT's queries are not kept.
         """
-        x, _, _ = self.trunk(x, cache=cache)
+        x, _, _ = self.trunk(x, cache=cache, read=slice(-1, None))
         if keep:
             cache.keep()
         return self.act(x[:, -1])
@@ -719,6 +730,28 @@ def learning_rate(step, c):
     return c.lr * 0.5 * (1 + math.cos(math.pi * (step - c.warmup) / max(1, c.steps - c.warmup)))
 
 
+def make_optimizer(model):
+    """AdamW over what is trained: all but the key routers."""
+    c = model.config
+    parameters = (p for p in model.parameters() if p.requires_grad)
+    return torch.optim.AdamW(parameters, c.lr, weight_decay=c.weight_decay, fused=c.device != "mps")
+
+
+def take_step(model, optimizer, batches, c):
+    """One step of training; returns [loss, action, balance, contrastive], (4,), of this process's part of the batch."""
+    with torch.autocast(c.device.split(":")[0], torch.bfloat16, enabled=c.dtype == "bfloat16"):
+        losses = model(batches.next())
+    loss = losses["action"] + losses["balance"] + c.w_con * losses["contrastive"]  # (6) the objective
+    optimizer.zero_grad()
+    loss.backward()
+    average_gradients(model.parameters())
+    nn.utils.clip_grad_norm_(model.parameters(), c.clip)
+    optimizer.step()
+    for moe in model.task_moes:
+        moe.update_key_router()
+    return torch.stack([loss, losses["action"], losses["balance"], losses["contrastive"]]).detach()
+
+
 def save(path, model, optimizer, batches, step, pending):
     """Writes a checkpoint: all that is needed to act (`config`, `model`) and to go on training.
 
@@ -790,9 +823,7 @@ def train(c, resume=None):
         torch.tensor(x, dtype=torch.float32) for x in (states.mean(0, dtype=np.float64), np.where(std > 1e-6, std, 1))
     )
     model = T2MIR(c, mean, std).to(c.device)
-    optimizer = torch.optim.AdamW(
-        (p for p in model.parameters() if p.requires_grad), c.lr, weight_decay=c.weight_decay, fused=c.device != "mps"
-    )
+    optimizer = make_optimizer(model)
     batches = Batches(c, data)
     test_tasks = data["tasks"][data["test"]]
     start_step = 0
@@ -819,7 +850,6 @@ def train(c, resume=None):
 
     context_tokens = 3 * model.horizon * (c.context if c.mode == "ad" else 1)
     tokens = c.batch * (context_tokens + (c.queries if c.mode == "dpt" else 0))  # a step
-    autocast = torch.autocast(c.device.split(":")[0], torch.bfloat16, enabled=c.dtype == "bfloat16")
     sums, since = (torch.zeros(4), 0) if resume is None else resume["pending"]
     sums = sums.to(c.device)
     model.train()
@@ -830,17 +860,7 @@ def train(c, resume=None):
         for step in progress:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, c)
-            with autocast:
-                losses = model(batches.next())
-            loss = losses["action"] + losses["balance"] + c.w_con * losses["contrastive"]  # (6) the objective
-            optimizer.zero_grad()
-            loss.backward()
-            average_gradients(model.parameters())
-            nn.utils.clip_grad_norm_(model.parameters(), c.clip)
-            optimizer.step()
-            for moe in model.task_moes:
-                moe.update_key_router()
-            sums += torch.stack([loss, losses["action"], losses["balance"], losses["contrastive"]]).detach()
+            sums += take_step(model, optimizer, batches, c)
             done = step + 1
             stopping = (
                 stop.is_set() if processes == 1 else done % 20 == 0 and of_all(torch.tensor([stop.is_set()])).any()
@@ -908,6 +928,78 @@ def report(folder, model, data):
             f"  context {context}:".ljust(20) + " ".join(f"{x:7.3f}" for x in normalised(result[context], data).mean(1))
         )
     print(f"picture: {folder / 'incontext.png'}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Speed
+
+
+def flops_of_step(c):
+    """FLOPs that a training step of the dense baseline must spend in matrix products, counted from shapes."""
+    T, d = ENVS[c.env].horizon, c.d_model
+    n = 3 * T * (c.context if c.mode == "ad" else 1)  # tokens of the context
+    queries = c.queries if c.mode == "dpt" else 0
+    read = queries if c.mode == "dpt" else n // 3  # tokens that an action is predicted from
+    attention = (n + queries) * 4 * d * d + (n * n / 2 + queries * n / 2) * 2 * d  # projections; scores and mix
+    # Multiply-adds of a sequence: a token sees half the context on average; the last layer's experts see what is read.
+    once = c.n_layers * attention + (c.n_layers - 1) * (n + queries) * 8 * d * d + read * 12 * d * d
+    return c.batch * once * 2 * 3  # two FLOPs each; backward costs twice as much as forward
+
+
+def bench(c, num_tasks=15):
+    """Prints how fast T2MIR and its dense baseline train and act at the sizes of `c`, on made-up data.
+
+    Medians of steps taken in turn. Takes about half a minute.
+    """
+    T, obs_dim, act_dim = ENVS[c.env].horizon, ENVS[c.env].obs_dim, ENVS[c.env].act_dim
+    memory, step_tokens = 3 * T * (c.context - 1 if c.mode == "ad" else 1), 3 if c.mode == "ad" else 1
+    tokens = c.batch * (memory + 3 * T if c.mode == "ad" else memory + c.queries)
+    widths = {"states": (obs_dim,), "actions": (act_dim,), "expert_actions": (act_dim,), "rewards": ()}
+    data = {k: np.random.default_rng(0).normal(size=(45, 8, T, *w)).astype(np.float32) for k, w in widths.items()}
+    batches = Batches(c, {**data, "test": np.zeros(45, bool)})
+    agents = {"T2MIR": T2MIR(c), "dense": T2MIR(dataclasses.replace(c, no_token_moe=True, no_task_moe=True))}
+    seconds = {}  # of what each agent did, by (agent, what)
+
+    def clock(what, work):
+        start = time.perf_counter()
+        work()
+        if c.device != "cpu":
+            torch.zeros(1, device=c.device).item()  # waits for the device
+        seconds.setdefault(what, []).append(time.perf_counter() - start)
+
+    for name, model in agents.items():
+        optimizer = make_optimizer(model.to(c.device))
+        agents[name] = model.train(), optimizer, Cache(model, num_tasks, memory + 3 * T)
+    past, now = (torch.randn(num_tasks, n, c.d_model, device=c.device) for n in (memory, step_tokens))
+    a, b = (torch.randn(n, 4 * c.d_model, device=c.device, dtype=getattr(torch, c.dtype)) for n in (16_384, c.d_model))
+    for _ in range(6):
+        for name, (model, optimizer, cache) in agents.items():
+            clock((name, "train"), lambda: take_step(model, optimizer, batches, c))
+            with torch.no_grad():
+                cache.clear()
+                clock((name, "episode"), lambda: model.eval().step(cache, past))
+                for _ in range(5):
+                    clock((name, "act"), lambda: model.step(cache, now, keep=False))
+            model.train()
+        clock("product", lambda: a @ b.T)
+    t = {what: statistics.median(times[1:]) for what, times in seconds.items()}
+    rate = 2 * a.numel() * len(b) / t["product"]
+    ratio = statistics.median(x / y for x, y in zip(seconds["T2MIR", "train"][1:], seconds["dense", "train"][1:]))
+    print(f"{c.env} {c.mode}: width {c.d_model}, {c.n_layers} layers, {c.dtype}, {c.batch} sequences, {tokens} tokens")
+    print(f"    floor: {flops_of_step(c) / 1e9:,.0f} GFLOP a step, and the machine makes {rate / 1e9:,.0f} GFLOP/s")
+    for name in agents:
+        train, episode, act = (t[name, what] for what in ("train", "episode", "act"))
+        print(
+            f"    {name:5} trains {tokens / train:9,.0f} tokens/s ({1e3 * train:,.0f} ms a step, the floor is ", end=""
+        )
+        print(
+            f"{flops_of_step(c) / rate / train:.0%} of it); acts in {num_tasks} tasks in {1e3 * act:.1f} ms a step ",
+            end="",
+        )
+        print(f"and {1e3 * episode:.0f} ms an episode")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = torch.cuda.max_memory_allocated() if c.device.startswith("cuda") else peak
+    print(f"    T2MIR's step takes {ratio:.2f} times the dense one's; most memory so far {peak / 2**30:.1f} GiB")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1153,14 +1245,21 @@ def act_in_fresh_tasks(run, num_tasks, **given):
         print(f"{name:12}{r.mean():9.2f} ± {r.std(ddof=1) / len(r) ** 0.5:.2f}")
 
 
+# What --bench measures: the sizes that the paper's release trains at, AD on HalfCheetah with a smaller batch.
+BENCH = {
+    ("point_robot", "dpt"): dict(d_model=128, n_layers=4, batch=32),
+    ("point_robot", "ad"): dict(d_model=128, n_layers=3, batch=32),
+    ("cheetah_vel", "dpt"): dict(d_model=128, n_layers=4, batch=32),
+    ("cheetah_vel", "ad"): dict(d_model=256, n_layers=3, batch=4),
+}
+
+
 def main(argv):
-    if (
-        "LOCAL_RANK" in os.environ and not dist.is_initialized()
-    ):  # torchrun started this process and others; while one evaluates, the others wait
+    if "LOCAL_RANK" in os.environ and not dist.is_initialized():  # torchrun started this process and others
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # they wait while one evaluates
     given = parse_flags(
         Config,
         argv,
@@ -1171,22 +1270,25 @@ def main(argv):
         tasks=dict(type=int, metavar="INT", help="how many fresh tasks --eval draws, by --seed [100]"),
         figures=dict(metavar="RUN", nargs="+", help="compare finished runs: a table, results.csv and pictures"),
         out=dict(metavar="FOLDER", help="where --figures writes [figures]"),
+        bench=dict(action="store_true", help="measure the speed at the sizes of the paper's release"),
     )
-    # what may stand beside a flag that asks for something else than training
-    jobs = {
-        "figures": {"out"},
-        "resume": set(),
-        "eval": {"tasks", "seed", "eval_episodes", "explore", "noise", "device"},
-    }
+    # What may stand beside a flag that asks for something else than training.
+    fields = {f.name for f in dataclasses.fields(Config)}
+    jobs = {"figures": {"out"}, "resume": set(), "bench": fields}
+    jobs["eval"] = {"tasks", "seed", "eval_episodes", "explore", "noise", "device"}
     job = next((name for name in jobs if name in given), None)
     run = given.pop(job, None)
     for name in given:
-        if name not in jobs.get(job, {f.name for f in dataclasses.fields(Config)}):
+        if name not in jobs.get(job, fields):
             raise BadInput(f"--{name} does not go with {f'--{job}' if job else 'training'}: leave it out")
     if job == "figures":
         figures(run, **given)
     elif job == "eval":
         act_in_fresh_tasks(run, given.pop("tasks", 100), **given)
+    elif job == "bench":
+        for (env, mode), sizes in BENCH.items():
+            if given.get("env", env) == env and given.get("mode", mode) == mode:
+                bench(make_config(**{"env": env, "mode": mode, **sizes, "n_heads": 8, **given}))
     elif job == "resume":
         _, content = restore(Path(run) / "ckpt.pt")
         folder = Path(run).resolve()

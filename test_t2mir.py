@@ -1107,3 +1107,23 @@ def test_two_processes_follow_one(folder, tmp_path):
                 assert abs(float(a[key]) - float(b[key])) < 2e-5 * max(1, abs(float(a[key]))), (a, b)
         with pytest.raises(BadInput, match="ran in 2 processes"):
             t2mir.main(["--resume", str(tmp_path / f"{mode}2")])
+
+
+@pytest.mark.parametrize("mode", ["ad", "dpt"])
+def test_flops_of_a_step_are_close_to_torchs_count(mode, folder):
+    """Torch counts no attention scores on a CPU, but embeddings and head, here less than a hundredth."""
+    c = tiny(mode, d_model=64, no_token_moe=True, no_task_moe=True, moe_layers="last")
+    batches = Batches(c, load(f"{folder}/point_robot.npz"))
+    with FlopCounterMode(display=False) as counter:
+        t2mir.take_step(*(model := T2MIR(c), t2mir.make_optimizer(model)), batches, c)
+    n, queries = (3 * 20 * c.context, 0) if mode == "ad" else (3 * 20, c.queries)
+    pairs = n * n / 2 + queries * n / 2  # of tokens, one of which sees the other
+    scores = 8 * 2 * pairs * 2 * 64 * 2 * 3  # sequences, layers, pairs, score and mix of 64 numbers, FLOPs, passes
+    assert 1 <= counter.get_total_flops() / (t2mir.flops_of_step(c) - scores) < 1.01
+
+
+def test_bench_runs(capsys):
+    """Prints the rates of both agents; on made-up data, so no dataset is needed."""
+    t2mir.bench(tiny("dpt", batch=4), num_tasks=2)
+    out = capsys.readouterr().out
+    assert "T2MIR trains" in out and "dense trains" in out and "T2MIR's step takes" in out
