@@ -448,12 +448,12 @@ def collect(name, **given):
     path, part = Path(s.out) / f"{name}.npz", Path(s.out) / f"{name}.part"
     if path.exists():
         raise BadInput(f"{path} exists: delete it to collect it anew, or name another folder with --out")
-    settings = json.dumps(dataclasses.asdict(s), indent=1).encode()
-    write_atomically(part / "settings.json", lambda file: file.write(settings))  # a wrong folder shows now, not later
     run = Collection(s, num)
     if (part / "agents.pt").exists():
         run.restore(part)
         print(f"going on from round {run.round} of {run.rounds}, found in {part}")
+    settings = json.dumps(dataclasses.asdict(s), indent=1).encode()
+    write_atomically(part / "settings.json", lambda file: file.write(settings))  # a wrong folder shows now, not later
     start = written = time.time()
     saved = run.round
     progress = tqdm(total=run.rounds, initial=run.round, desc=f"collect {name}", unit="round", disable=None)

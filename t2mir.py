@@ -205,7 +205,7 @@ def visible(length, prefix=None, past=0, device=None):
 
 
 class Attention(nn.Module):
-    """Multi-head attention; a `mask` of None means plain causal. `cache` is None, or a Cache set to this layer."""
+    """Multi-head attention; a `mask` of None means plain causal; a `cache` adds the keys and values of the past."""
 
     def __init__(self, d_model, n_heads):
         super().__init__()
@@ -240,14 +240,16 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(num, hidden, d_out).uniform_(-1, 1) * hidden**-0.5)
 
     def forward(self, h, gates, chosen):
-        """sum_k gates[n, k] E_i(h[n]), i = chosen[n, k]: h (N, d_in), gates and chosen (N, top_k) -> (N, d_out)."""
+        """sum_k gates[k] E_chosen[k](h) of each token: h (..., d_in), gates, chosen (..., top_k) -> (..., d_out)."""
+        shape = h.shape[:-1]
+        h, gates, chosen = (x.flatten(0, -2) for x in (h, gates, chosen))  # (N, .)
         order = chosen.flatten().argsort(stable=True)  # pairs of (token, choice), by expert
         token = order // chosen.shape[1]  # (N * top_k,)
         counts = chosen.flatten().bincount(minlength=len(self.w1)).tolist()
         groups = zip(h[token].split(counts), self.w1, self.w2)
         y = torch.cat([F.gelu(x @ w1) @ w2 for x, w1, w2 in groups])  # (N * top_k, d_out)
         y = y * gates.flatten()[order, None]
-        return y.new_zeros(len(h), y.shape[1]).index_add(0, token, y)
+        return y.new_zeros(len(h), y.shape[1]).index_add(0, token, y).view(*shape, -1)
 
 
 def top_k_gates(logits, k):
@@ -267,10 +269,10 @@ class TokenMoE(nn.Module):
         self.experts = Experts(num_experts, d_model, hidden, d_out)
 
     def forward(self, h, read=slice(None)):
-        """h (N, d_model) -> y_tok (n, d_out) of tokens h[read], and the balance loss of all N (0 if not training)."""
+        """h (B, L, d_model) -> y_tok (B, l, d_out) of tokens h[:, read], the balance loss of all (0 if evaluating)."""
         with torch.autocast(h.device.type, enabled=False):  # routing decides on small differences: always float32
             exact = h.float() if h.dtype == torch.bfloat16 else h
-            clean = noisy = self.router(exact)  # g(h), (N, K1)
+            clean = noisy = self.router(exact)  # g(h), (B, L, K1)
             if self.training:
                 # Noisy top-k routing: sometimes a token tries an expert that it would not choose, and that could
                 # otherwise never show what it can do; and the load below becomes a probability, which has a gradient
@@ -283,11 +285,12 @@ class TokenMoE(nn.Module):
             balance = clean.new_zeros(())
             if self.training:
                 # (2) Balance loss: w_imp CV(Imp)^2 + w_load CV(Load)^2.
-                importance = torch.zeros_like(clean).scatter(1, chosen, gates).sum(0)  # (K1,)
-                load = load_probability(clean, noisy, sigma, self.top_k).sum(0)  # (K1,)
-                importance, load = of_all(torch.stack([importance, load])[None]).sum(0)
+                importance = torch.zeros_like(clean).scatter(-1, chosen, gates)
+                load = load_probability(clean, noisy, sigma, self.top_k)
+                both = torch.stack([importance.flatten(0, -2).sum(0), load.flatten(0, -2).sum(0)])
+                importance, load = of_all(both[None]).sum(0)  # (K1,) each
                 balance = self.w_imp * cv_squared(importance) + self.w_load * cv_squared(load)
-        return self.experts(h[read], gates[read], chosen[read]), balance
+        return self.experts(h[:, read], gates[:, read], chosen[:, read]), balance
 
 
 class TaskMoE(nn.Module):
@@ -303,7 +306,7 @@ class TaskMoE(nn.Module):
         self.experts = Experts(num_experts, d_model, hidden, d_out)
 
     def forward(self, h, h_mean):
-        """h and h_mean (N, d_model), h_mean from `prefix_mean` -> y_task (N, d_out)."""
+        """h and h_mean (..., d_model), h_mean from `prefix_mean` -> y_task (..., d_out)."""
         # (3) Task-wise MoE: y_task = sum_i w_task(i; h_mean) E_i(h). The experts act on the token; the task decides
         # which ones, by what has been seen of it up to this token. The sum is in `Experts`, as for (1).
         with torch.autocast(h.device.type, enabled=False):
@@ -352,13 +355,13 @@ def cv_squared(x):
 
 
 def load_probability(clean, noisy, sigma, k):
-    """P(expert i is among the top k, were its own noise drawn afresh), (N, K) (Shazeer et al. 2017, appendix A).
+    """P(expert i is among the top k, were its own noise drawn afresh), (..., K) (Shazeer et al. 2017, appendix A).
 
-    clean, noisy and sigma (N, K): logits without noise, with noise, and the noise's deviation. Expert i makes it if it
+    clean, noisy and sigma (..., K): logits without noise, with noise, the noise's deviation. Expert i makes it if it
     beats the k-th largest noisy logit of the others, which is the (k+1)-th of all where i itself is in the top k.
     """
     top = noisy.topk(k + 1, dim=-1).values
-    kth, next_best = top[:, k - 1 : k], top[:, k : k + 1]
+    kth, next_best = top[..., k - 1 : k], top[..., k : k + 1]
     bar = torch.where(noisy >= kth, next_best, kth)
     return torch.special.ndtr((clean - bar) / sigma)
 
@@ -401,16 +404,13 @@ class T2MIRLayer(nn.Module):
 
     def forward(self, h, h_mean, read=slice(None)):
         """h, h_mean (B, L, d_model) -> outputs (B, l, d_model) of tokens h[:, read], and the balance loss of all."""
-        B, L, _ = h.shape
-        h, h_mean = h.flatten(0, 1), h_mean if h_mean is None else h_mean.flatten(0, 1)  # (B * L, d_model)
-        read = torch.arange(B * L, device=h.device).view(B, L)[:, read].flatten()  # (B * l,)
         outputs, balance = [], 0.0
         if self.token_moe is not None:
             y, balance = self.token_moe(h, read)
             outputs.append(y)
         if self.task_moe is not None:
-            outputs.append(self.task_moe(h[read], h_mean[read]))
-        return torch.cat(outputs, dim=-1).unflatten(0, (B, -1)), balance
+            outputs.append(self.task_moe(h[:, read], h_mean[:, read]))
+        return torch.cat(outputs, dim=-1), balance
 
 
 class Block(nn.Module):
@@ -468,12 +468,11 @@ class T2MIR(nn.Module):
 
     def state_tokens(self, states, times):
         """States (B, T, obs_dim) at times (T,) or one time for all -> (B, T, d_model); time `horizon` marks a query."""
-        times = torch.as_tensor(times, device=states.device)
-        return self.embed_state((states - self.state_mean) / self.state_std) + self.embed_time(times)
+        return self.embed_state((states - self.state_mean) / self.state_std) + self.embed_time.weight[times]
 
     def tokens(self, states, actions, rewards, times):
         """Interleaves steps into tokens: (B, T, obs_dim), (B, T, act_dim), (B, T), times (T,) -> (B, 3 T, d_model)."""
-        s, time = self.state_tokens(states, times), self.embed_time(torch.as_tensor(times, device=states.device))
+        s, time = self.state_tokens(states, times), self.embed_time.weight[times]
         a, r = self.embed_action(actions) + time, self.embed_reward(rewards[..., None]) + time
         return torch.stack([s, a, r], dim=2).flatten(1, 2)
 
@@ -486,9 +485,10 @@ class T2MIR(nn.Module):
         mask = None if prefix is None and past == 0 else visible(x.shape[1], prefix, past, x.device)
         x, means, balance = self.dropout(x), [], 0.0
         for i, block in enumerate(self.blocks):
+            if cache is not None:
+                cache.index = i
             last = i == len(self.blocks) - 1
-            layer = None if cache is None else cache.layer(i)
-            x, h_mean, b = block(x, mask, prefix, layer, read if last else slice(None))
+            x, h_mean, b = block(x, mask, prefix, cache, read if last else slice(None))
             if h_mean is not None:
                 means.append(h_mean)
             balance = balance + b
@@ -501,8 +501,8 @@ class T2MIR(nn.Module):
     def forward(self, batch):
         """Losses of (6) on a batch from `Batches`: a dict of scalars `action`, `balance`, `contrastive`.
 
-        L = L_action + L_balance + w_con L_InfoNCE; -log P of a continuous action is the squared error (a Gaussian of
-        fixed variance), here the mean over predictions and action dimensions.
+        L = L_action + L_balance + w_con L_InfoNCE, the latter two summed over the T2MIR layers. -log P of a continuous
+        action is the squared error (a Gaussian of fixed variance), the mean over predictions and action dimensions.
         """
         states, actions, rewards = batch["states"], batch["actions"], batch["rewards"]  # (B, n_episodes, T, ...)
         times = torch.arange(self.horizon, device=states.device).repeat(states.shape[1])
@@ -550,11 +550,7 @@ class Cache:
         self.kv = torch.zeros(shape, device=like.device, dtype=like.dtype)
         self.sums = torch.zeros(c.n_layers, batch, c.d_model, device=like.device, dtype=like.dtype)
         self.new_sums = self.sums.clone()
-        self.length = self.new = 0
-
-    def layer(self, index):
-        self.index = index
-        return self
+        self.length = self.new = self.index = 0
 
     def append(self, k, v):
         """Puts k and v (B, heads, L, ...) of the current layer behind the kept ones; returns both with their past."""
@@ -638,7 +634,7 @@ def open_dataset(c):
     """The dataset of c.env as a dict of arrays (see collect.py); collects it first where it is missing."""
     path = Path(c.data) / f"{c.env}.npz"
     if not path.exists() and this_process() == (0, 1):
-        print(f"{path} is missing: collecting it now (about a minute for point_robot, 15 for cheetah_vel)")
+        print(f"{path} is missing: collecting it now (half a minute for point_robot, the others far longer)")
         collect(c.env, out=c.data)
     data = load(path)
     if data["info"]["settings"]["env"] != c.env:
@@ -665,7 +661,7 @@ def evaluate(model, tasks, episodes, seed=0, context="own"):
     env = make_vec(c.env, tasks)
     remembered = deque(maxlen=c.context - 1 if c.mode == "ad" else 1)  # of (states, actions, rewards), each (N, T, ...)
     rng = torch.Generator(device).manual_seed(seed)
-    cache = Cache(model, N, 3 * T * (remembered.maxlen + 1) + 1)
+    cache = Cache(model, N, 3 * T * (c.context if c.mode == "ad" else 1) + 1)
     returns = []
     for episode in range(episodes):
         cache.clear()
@@ -699,11 +695,12 @@ def evaluate(model, tasks, episodes, seed=0, context="own"):
             observed, rewards, *_ = env.step(actions.float().cpu().numpy())
             rewards = torch.as_tensor(rewards, dtype=torch.float32, device=device)
             steps.append((states, actions, rewards))
-            triple = model.tokens(states[:, None], actions[:, None], rewards[:, None], t)
-            if c.mode == "ad":
-                waiting = triple[:, 1:]
-            elif episode == 0 and context != "hidden":
-                model.step(cache, triple.roll(1, dims=0) if context == "other" else triple)
+            if c.mode == "ad" or episode == 0 and context != "hidden":
+                triple = model.tokens(states[:, None], actions[:, None], rewards[:, None], t)
+                if c.mode == "ad":
+                    waiting = triple[:, 1:]
+                else:
+                    model.step(cache, triple.roll(1, dims=0) if context == "other" else triple)
             states = torch.as_tensor(observed, device=device)
         episode_data = [torch.stack(part, dim=1) for part in zip(*steps)]
         remembered.append(episode_data)
@@ -738,7 +735,7 @@ def make_optimizer(model):
 
 
 def take_step(model, optimizer, batches, c):
-    """One step of training; returns [loss, action, balance, contrastive], (4,), of this process's part of the batch."""
+    """One step of training; returns [loss, action, balance, contrastive], (4,); action is this process's share."""
     with torch.autocast(c.device.split(":")[0], torch.bfloat16, enabled=c.dtype == "bfloat16"):
         losses = model(batches.next())
     loss = losses["action"] + losses["balance"] + c.w_con * losses["contrastive"]  # (6) the objective
@@ -862,44 +859,42 @@ def train(c, resume=None):
                 group["lr"] = learning_rate(step, c)
             sums += take_step(model, optimizer, batches, c)
             done = step + 1
-            stopping = (
-                stop.is_set() if processes == 1 else done % 20 == 0 and of_all(torch.tensor([stop.is_set()])).any()
-            )
-            if not (done % c.eval_every == 0 or done == c.steps or stopping or done % CHECK_EVERY == 0):
+            stopping = of_all(torch.tensor([stop.is_set()])).any()
+            evaluating = done % c.eval_every == 0 or done == c.steps
+            if not (evaluating or stopping or done % CHECK_EVERY == 0):
                 continue
             sums = of_all(sums[None]).mean(0)
-            means = (sums / (done - since)).tolist()  # beside the experts' counts, the only wait for the device
+            means = (sums / (done - since)).tolist()
             if not all(map(math.isfinite, means)):
                 raise FloatingPointError(
                     f"the loss became {means[0]} between steps {max(since, done - CHECK_EVERY) + 1} and {done}: "
-                    f"{folder / 'ckpt.pt'} is the last good state, if there is one; try a smaller --lr"
+                    f"{folder / 'ckpt.pt'}, if there is one, is the last state saved; try a smaller --lr"
                 )
             progress.set_postfix_str(f"loss {means[0]:.4f}")
-            if stopping and done < c.steps:
+            if evaluating:
+                speed = tokens * (done - max(since, start_step)) / (time.perf_counter() - clock)
+                sums, since, best = torch.zeros_like(sums), done, False
+                if rank == 0:
+                    returns = evaluate(model, test_tasks, c.eval_episodes)
+                    last = returns[-1].mean(), normalised(returns, data)[-1].mean()
+                    rows.append([done, *(f"{x:.6g}" for x in (*means, *last)), round(speed)])
+                    write_csv(folder / "log.csv", columns, rows)
+                    scores = [float(row[columns.index("test_score")]) for row in rows]
+                    best = scores[-1] == max(scores)
+                    left = (time.perf_counter() - started) / (done - start_step) * (c.steps - done)
+                    progress.write(
+                        f"step {done}/{c.steps}: loss {means[0]:.4f} (action {means[1]:.4f}, balance {means[2]:.4f}, "
+                        f"contrastive {means[3]:.4f}), test return {last[0]:.2f} (score {last[1]:.3f}), "
+                        f"{speed:,.0f} tokens/s, {left:.0f} s left"
+                    )
+                if of_all(torch.tensor([best])).any():
+                    save(folder / "best.pt", model, optimizer, batches, done, [sums, since])
+            if evaluating or stopping:
                 save(folder / "ckpt.pt", model, optimizer, batches, done, [sums, since])
+            if stopping and done < c.steps:
                 raise KeyboardInterrupt(f"stopped after step {done}, go on with: python t2mir.py --resume {folder}")
-            if not (done % c.eval_every == 0 or done == c.steps):
-                continue
-            speed = tokens * (done - max(since, start_step)) / (time.perf_counter() - clock)
-            sums, since = torch.zeros_like(sums), done
-            best = False
-            if rank == 0:
-                returns = evaluate(model, test_tasks, c.eval_episodes)
-                last = returns[-1].mean(), normalised(returns, data)[-1].mean()
-                rows.append([done, *(f"{x:.6g}" for x in (*means, *last)), round(speed)])
-                write_csv(folder / "log.csv", columns, rows)
-                scores = [float(row[columns.index("test_score")]) for row in rows]
-                best = scores[-1] == max(scores)
-                left = (time.perf_counter() - started) / (done - start_step) * (c.steps - done)
-                progress.write(
-                    f"step {done}/{c.steps}: loss {means[0]:.4f} (action {means[1]:.4f}, balance {means[2]:.4f}, "
-                    f"contrastive {means[3]:.4f}), test return {last[0]:.2f} (score {last[1]:.3f}), "
-                    f"{speed:,.0f} tokens/s, {left:.0f} s left"
-                )
-            if of_all(torch.tensor([best])).any():
-                save(folder / "best.pt", model, optimizer, batches, done, [sums, since])
-            save(folder / "ckpt.pt", model, optimizer, batches, done, [sums, since])
-            clock = time.perf_counter()
+            if evaluating:
+                clock = time.perf_counter()
     if rank == 0:
         report(folder, model, data)
     return folder
@@ -907,26 +902,21 @@ def train(c, resume=None):
 
 def report(folder, model, data):
     """Acts in the test tasks, with its own context and with the two controls: prints, incontext.csv, incontext.png."""
-    result, tasks = {}, data["tasks"][data["test"]]
-    for context in ("own", "hidden", "other"):
-        result[context] = evaluate(model, tasks, model.config.eval_episodes, seed=1, context=context)
+    episodes, tasks = model.config.eval_episodes, data["tasks"][data["test"]]
+    result = {k: evaluate(model, tasks, episodes, seed=1, context=k) for k in ("own", "hidden", "other")}
+    scores = {context: normalised(returns, data) for context, returns in result.items()}
     rows = []
     for context, returns in result.items():
-        score = normalised(returns, data)
-        for episode, (r, s) in enumerate(zip(returns, score), 1):
+        for episode, (r, s) in enumerate(zip(returns, scores[context]), 1):
             rows.append(
                 [context, episode, f"{r.mean():.6g}", f"{s.mean():.6g}", f"{s.std(ddof=1) / len(s) ** 0.5:.6g}"]
             )
     write_csv(folder / "incontext.csv", ["context", "episode", "return", "score", "score_se_over_tasks"], rows)
     plot_incontext(folder, result, data)
-    own = normalised(result["own"], data).mean(1)
-    print("episode in context: " + " ".join(f"{i + 1:7d}" for i in range(len(own))))
+    print("episode in context: " + " ".join(f"{i + 1:7d}" for i in range(episodes)))
     print("test return:        " + " ".join(f"{x:7.2f}" for x in result["own"].mean(1)))
-    print("normalised score:   " + " ".join(f"{x:7.3f}" for x in own))
-    for context in ("hidden", "other"):
-        print(
-            f"  context {context}:".ljust(20) + " ".join(f"{x:7.3f}" for x in normalised(result[context], data).mean(1))
-        )
+    for context, name in (("own", "normalised score"), ("hidden", "  context hidden"), ("other", "  context other")):
+        print(f"{name}:".ljust(20) + " ".join(f"{x:7.3f}" for x in scores[context].mean(1)))
     print(f"picture: {folder / 'incontext.png'}")
 
 
@@ -941,8 +931,10 @@ def flops_of_step(c):
     queries = c.queries if c.mode == "dpt" else 0
     read = queries if c.mode == "dpt" else n // 3  # tokens that an action is predicted from
     attention = (n + queries) * 4 * d * d + (n * n / 2 + queries * n / 2) * 2 * d  # projections; scores and mix
-    # Multiply-adds of a sequence: a token sees half the context on average; the last layer's experts see what is read.
-    once = c.n_layers * attention + (c.n_layers - 1) * (n + queries) * 8 * d * d + read * 12 * d * d
+    # Multiply-adds of a sequence: a token sees half the context on average; the last block computes what is read.
+    once = 0
+    for i in range(c.n_layers):
+        once += attention + (read if i == c.n_layers - 1 else n + queries) * (12 if i in c.moe_blocks else 8) * d * d
     return c.batch * once * 2 * 3  # two FLOPs each; backward costs twice as much as forward
 
 
@@ -996,7 +988,7 @@ def bench(c, num_tasks=15):
             f"{flops_of_step(c) / rate / train:.0%} of it); acts in {num_tasks} tasks in {1e3 * act:.1f} ms a step ",
             end="",
         )
-        print(f"and {1e3 * episode:.0f} ms an episode")
+        print(f"and {1e3 * episode:.0f} ms to remember episodes")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     peak = torch.cuda.max_memory_allocated() if c.device.startswith("cuda") else peak
     print(f"    T2MIR's step takes {ratio:.2f} times the dense one's; most memory so far {peak / 2**30:.1f} GiB")
@@ -1061,7 +1053,7 @@ def figures(runs, out="figures"):
     groups, table = {}, []
     for run in map(Path, runs):
         try:
-            c = make_config(**json.loads((run / "config.json").read_text()))
+            c = make_config(**{**json.loads((run / "config.json").read_text()), "device": "cpu"})
         except (OSError, TypeError, ValueError) as error:
             raise BadInput(f"{run} is no folder of a run that this code can read ({error})") from None
         rows = read_csv(run / "incontext.csv")
@@ -1237,7 +1229,7 @@ def act_in_fresh_tasks(run, num_tasks, **given):
     path = Path(run) if Path(run).is_file() else Path(run) / "ckpt.pt"
     model, content = restore(path, given.get("device", "cpu"))
     c = model.config = make_config(**{**content["config"], "device": "cpu", **given})
-    tasks = sample_tasks(c.env, num_tasks, [c.seed, 1])  # a dataset's seed is a single number
+    tasks = sample_tasks(c.env, num_tasks, [c.seed, 2])  # a stream of its own: a dataset's seed is one number
     returns = evaluate(model, tasks, c.eval_episodes, seed=c.seed)
     random = play(c.env, tasks, None, 1, c.seed, c.device)
     print(f"{path}: {c.env}, {c.variant}, {num_tasks} fresh tasks of --seed {c.seed}; mean return ± its standard error")
@@ -1256,7 +1248,7 @@ BENCH = {
 
 def main(argv):
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():  # torchrun started this process and others
-        if torch.cuda.is_available():
+        if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # they wait while one evaluates
@@ -1286,9 +1278,9 @@ def main(argv):
     elif job == "eval":
         act_in_fresh_tasks(run, given.pop("tasks", 100), **given)
     elif job == "bench":
-        for (env, mode), sizes in BENCH.items():
-            if given.get("env", env) == env and given.get("mode", mode) == mode:
-                bench(make_config(**{"env": env, "mode": mode, **sizes, "n_heads": 8, **given}))
+        for env in [given["env"]] if "env" in given else ["point_robot", "cheetah_vel"]:
+            for mode in [given["mode"]] if "mode" in given else ["dpt", "ad"]:
+                bench(make_config(**{"env": env, "mode": mode, **BENCH.get((env, mode), {}), "n_heads": 8, **given}))
     elif job == "resume":
         _, content = restore(Path(run) / "ckpt.pt")
         folder = Path(run).resolve()
