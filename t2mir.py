@@ -727,6 +727,9 @@ def learning_rate(step, c):
     return c.lr * 0.5 * (1 + math.cos(math.pi * (step - c.warmup) / max(1, c.steps - c.warmup)))
 
 
+FORMAT = 2  # of a checkpoint; raise it when its content changes
+
+
 def make_optimizer(model):
     """AdamW over what is trained: all but the key routers."""
     c = model.config
@@ -760,7 +763,7 @@ def save(path, model, optimizer, batches, step, pending):
         rng["cuda"] = of_all(torch.cuda.get_rng_state(model.state_mean.device)[None])
     if this_process()[0] != 0:
         return
-    content = {"config": dataclasses.asdict(model.config), "model": model.state_dict()}
+    content = {"format": FORMAT, "config": dataclasses.asdict(model.config), "model": model.state_dict()}
     content |= {"optimizer": optimizer.state_dict(), "rng": rng, "step": step, "pending": pending}
     write_atomically(path, lambda file: torch.save(content, file))
 
@@ -770,6 +773,8 @@ def restore(path, device="cpu"):
     check_device(device)
     try:
         content = torch.load(path, map_location=device, weights_only=True)
+        if content["format"] != FORMAT:
+            raise ValueError(f"it has format {content['format']}, this code reads {FORMAT}")
         model = T2MIR(Config(**{**content["config"], "device": device})).to(device)
         model.load_state_dict(content["model"])
     except FileNotFoundError:

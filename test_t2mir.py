@@ -895,9 +895,12 @@ def test_a_run_repeats_and_leaves_its_folder(mode, folder, tmp_path, monkeypatch
     near(model.state_mean, torch.tensor(seen.mean(0)), 1e-5)  # the test tasks' states are not in the normalisation
     near(model.state_std, torch.tensor(seen.std(0)), 1e-5)
     (tmp_path / "cut.pt").write_bytes((run / "ckpt.pt").read_bytes()[:5000])
-    for name in ("cut.pt", "missing.pt"):
-        with pytest.raises(BadInput, match=name):
+    torch.save({**content, "format": 99}, tmp_path / "outdated.pt")
+    torch.save([1, 2], tmp_path / "foreign.pt")
+    for name in ("cut.pt", "missing.pt", "outdated.pt", "foreign.pt"):
+        with pytest.raises(BadInput, match=name) as caught:
             t2mir.restore(tmp_path / name)
+        assert "\n" not in str(caught.value)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
