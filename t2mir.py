@@ -190,22 +190,20 @@ def average_gradients(parameters):
 def visible(length, prefix=None, past=0, device=None):
     """Which token sees which, as a bool mask, True where the row's token sees the column's.
 
-    Without `prefix`: a causal sequence behind `past` cached tokens, (L, past + L). With `prefix` (B, Q): a causal
-    prompt of L - Q tokens, then Q queries, (B, 1, L, L): query q of sequence b sees the first prefix[b, q] prompt
-    tokens and itself, never another query; the prompt sees no query.
+    Without `prefix`: a causal sequence behind `past` cached tokens, (L, past + L). With `prefix` (B, Q): the rows of Q
+    queries that end the sequence, (B, 1, Q, L). Query q of sequence b sees the first prefix[b, q] tokens of the prompt
+    before them and itself, never another query; the prompt, which has no rows here, is causal and sees no query.
     """
-    mask = torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
     if prefix is None:
-        return mask
-    P, Q = length - prefix.shape[1], prefix.shape[1]
-    mask = mask.repeat(len(prefix), 1, 1)  # (B, L, L)
-    mask[:, P:, :P] = torch.arange(P, device=device) < prefix[..., None]
-    mask[:, P:, P:] = torch.eye(Q, dtype=torch.bool, device=device)
-    return mask[:, None]
+        return torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
+    Q = prefix.shape[1]
+    prompt = torch.arange(length - Q, device=device) < prefix[..., None]  # (B, Q, L - Q)
+    itself = torch.eye(Q, dtype=torch.bool, device=device).expand(len(prefix), Q, Q)
+    return torch.cat([prompt, itself], dim=2)[:, None]
 
 
 class Attention(nn.Module):
-    """Multi-head attention; a `mask` of None means plain causal; a `cache` adds the keys and values of the past."""
+    """Multi-head attention: the last tokens by the rows of `mask`, the first by order; `cache` adds the past's keys."""
 
     def __init__(self, d_model, n_heads):
         super().__init__()
@@ -218,8 +216,13 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(B, L, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, L, D / heads)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, heads, past + L, D / heads)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.out(y.transpose(1, 2).reshape(B, L, D))
+        n = L - (0 if mask is None else mask.shape[-2])
+        parts = []
+        if n > 0:  # told that it is causal, the kernel skips half of the work, which a mask cannot tell it
+            parts.append(F.scaled_dot_product_attention(*(x[:, :, :n] for x in (q, k, v)), is_causal=True))
+        if n < L:
+            parts.append(F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=mask))
+        return self.out(torch.cat(parts, dim=2).transpose(1, 2).reshape(B, L, D))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
