@@ -7,8 +7,9 @@ set of kernels (`torch.baddbmm`) and nothing loops over tasks. It writes, with N
 
     tasks           (N, task_dim) float64    a task is a row, see envs.py
     test            (N,) bool                tasks held out from in-context training; they come last
+    guest           (E,) bool                episodes in which the agent of another task acted
     states          (N, E, T, obs_dim)       E whole episodes, evenly spaced over the run, in its order
-    actions         (N, E, T, act_dim)       what the learning agent did: random first, expert last
+    actions         (N, E, T, act_dim)       what the learning agent (or the guest) did: random first, expert last
     rewards         (N, E, T)
     expert_actions  (N, E, T, act_dim)       what the final agent, without noise, would have done in `states`
     random_return   (N,) float64             mean return of uniformly random actions
@@ -48,7 +49,7 @@ from tqdm import tqdm
 
 from envs import ENVS, make_vec, sample_tasks
 
-FORMAT = 2  # of the dataset file; raise it when the arrays change
+FORMAT = 3  # of the dataset file; raise it when the arrays change
 SAVE_EVERY = 30  # seconds of work that a stopped run may lose, and a round more
 
 
@@ -350,7 +351,9 @@ class Collection:
         # The copies of an environment differ, so that the histories hold what an in-context agent meets when it acts.
         # While actions are random, copy c holds each for 2^c steps: that leads farther than twitching on the spot and
         # shows where the reward grows. Later the first copy acts on the policy's mean, noiseless even while it is
-        # wrong, and the others draw from the policy. SAC learns from any of it.
+        # wrong, and the others draw from the policy. In the last copy the policy is another task's, a guest: a slow
+        # cheetah never runs by itself, so nothing else shows its agent how to slow down, nor an in-context agent what
+        # running is worth where it is wrong. SAC learns from any of it.
         self.hold = 2 ** torch.arange(s.copies, device=self.device)[:, None]
         self.boldness = (torch.arange(s.copies, device=self.device)[:, None] > 0) | (s.copies == 1)  # one copy draws
 
@@ -364,6 +367,15 @@ class Collection:
         episodes = slice(self.round * c, self.round * c + c)
         states, actions, rewards = (x[:, episodes] for x in (self.states, self.actions, self.rewards))  # (num, c, T, .)
         states[:, :, 0] = torch.as_tensor(observed, device=self.device).view(num, c, -1)
+        # acts_in[agent, copy] is a task: the agent's own, for the guest another. Agents of test tasks visit test tasks.
+        acts_in, copies = (
+            torch.arange(num, device=self.device)[:, None].repeat(1, c),
+            torch.arange(c, device=self.device),
+        )
+        if c > 1:
+            train = min(num, s.train_tasks)
+            visits = [torch.randperm(n, device=self.device, generator=self.rng) for n in (train, num - train)]
+            acts_in[:, -1] = torch.cat([visits[0], visits[1] + train])
         for t in range(T):
             step = self.round * T + t
             if step < s.random_steps:
@@ -372,7 +384,8 @@ class Collection:
             else:
                 noise = torch.randn(num, c, actions.shape[-1], device=self.device, generator=self.rng)
                 with torch.no_grad():
-                    actions[:, :, t] = self.agents.act(states[:, :, t], noise * self.boldness)[0]
+                    acted = self.agents.act(states[acts_in, copies, t], noise * self.boldness)[0]
+                    actions[acts_in, copies, t] = acted
             chosen = actions[:, :, t].reshape(num * c, -1).cpu().numpy()
             if step >= s.random_steps:  # a GPU learns while the CPU moves the bodies
                 self.agents.update(*self.sample(step), policy=step % 2 == 0)
@@ -490,6 +503,8 @@ def collect(name, **given):
     }
     arrays = {k: v.cpu().numpy() for k, v in zip(("states", "actions", "rewards"), history)}
     arrays |= dict(tasks=run.tasks, test=np.arange(num) >= s.train_tasks, expert_actions=labels.cpu().numpy())
+    guest = (stored % s.copies == s.copies - 1) & (s.copies > 1) & (stored // s.copies * run.T >= s.random_steps)
+    arrays |= dict(guest=guest)
     arrays |= dict(random_return=random_return, expert_return=expert_return)
     arrays |= dict(curve=run.rewards[:, :: s.copies].sum(-1).cpu().numpy(), info=json.dumps(info))
     write_atomically(path, lambda file: np.savez_compressed(file, **arrays))

@@ -23,8 +23,10 @@ import math
 import os
 import pickle
 import resource
+import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -41,7 +43,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from collect import BadInput, check_device, collect, command_line, flag, load, parse_flags, play, write_atomically
+from collect import BadInput, check_device, collect, command_line, fast_dtype, flag, load, parse_flags, play
+from collect import write_atomically
 from envs import ENVS, make_vec, sample_tasks
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -72,8 +75,10 @@ class Config:
     no_task_moe: bool = flag(False, "ablation: no task-wise MoE; with --no_token_moe plain AD or DPT")
     no_balance: bool = flag(False, "ablation: no balance loss")
     no_contrastive: bool = flag(False, "ablation: no InfoNCE loss")
+    task_router: str = flag("prefix", "what routes in the task-wise MoE: prefix, token, or sequence (see TaskMoE)")
     context: int = flag(4, "AD: episodes in a context", group="context")
     history: str = flag("sorted", "AD: order of a context's episodes: sorted (by return) or chronological")
+    stride: int = flag(1, "every so many steps of a finished episode enter the context; 1 for all")
     queries: int = flag(40, "DPT: query states trained on each prompt")
     steps: int = flag(1_500, "training steps", group="optimisation")
     batch: int = flag(32, "sequences in a batch: two from each of batch / 2 tasks")
@@ -89,7 +94,8 @@ class Config:
     eval_episodes: int = flag(10, "episodes that a test task is acted in, in one context")
     seed: int = flag(0, "random seed of training (the data has its own)", group="system")
     device: str = flag("cpu", "cpu, cuda or mps")
-    dtype: str = flag("float32", "float32, or bfloat16 for autocast (routers stay in float32)")
+    dtype: str = flag("float32", "float32, bfloat16 for autocast (routers stay in float32), or auto: what is faster")
+    compile: bool = flag(False, "torch.compile the training step: faster after a minute or two of waiting")
     data: str = flag("data", "folder of the datasets")
     runs: str = flag("runs", "folder of the runs")
     name: str = flag("", "the run's folder in --runs; by default made from env, mode, variant and seed")
@@ -99,9 +105,21 @@ class Config:
         """The agent's name in tables and figures: T2MIR-DPT, DPT, T2MIR-AD (no_balance), ..."""
         if self.no_token_moe and self.no_task_moe:
             return self.mode.upper()
-        off = [f.name for f in dataclasses.fields(self) if f.type is bool and getattr(self, f.name)]
-        off += [f"moe_layers={self.moe_layers}"] * (self.moe_layers != Config.moe_layers)
+        off = [f.name for f in dataclasses.fields(self) if f.name.startswith("no_") and getattr(self, f.name)]
+        off += [
+            f"{k}={getattr(self, k)}" for k in ("moe_layers", "task_router") if getattr(self, k) != getattr(Config, k)
+        ]
         return f"T2MIR-{self.mode.upper()}" + f" ({', '.join(off)})" * bool(off)
+
+    @property
+    def command(self):
+        """What to type for this run: the flags that differ from the preset, but for where things are."""
+        preset, command = Config(**{"env": self.env, "mode": self.mode, **PRESETS[self.env, self.mode]}), []
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.name in ("env", "mode") or value != getattr(preset, f.name) and f.name not in ("data", "runs", "name"):
+                command.append(f"--{f.name}" if f.type is bool else f"--{f.name} {value}")
+        return " ".join(["python t2mir.py", *command])
 
     @property
     def moe_blocks(self):
@@ -110,17 +128,28 @@ class Config:
             return range(self.n_layers - 1 if self.moe_layers == "last" else 0, self.n_layers)
         return [int(i) for i in self.moe_layers.split(",")]
 
+    @property
+    def context_steps(self):
+        """Episode and time of each step in a full context, (S,) both: by `stride`, but AD's last episode is whole."""
+        T = ENVS[self.env].horizon
+        finished = torch.arange(0, T, self.stride)
+        if self.mode == "dpt":
+            return torch.zeros_like(finished), finished
+        times = [finished] * (self.context - 1) + [torch.arange(T)]
+        return torch.cat([torch.full_like(t, i) for i, t in enumerate(times)]), torch.cat(times)
 
-# Point-Robot's sizes are a laptop's: the paper has d_model 128, 8 heads, dropout 0.05, batch 32, lr 3e-4, and 10,000
-# steps of warm-up in 100,000. The MuJoCo tasks have the paper's sizes and few steps: they run, they are not tuned.
-MUJOCO = dict(d_model=128, dropout=0.05, lr=3e-4, steps=1_000, eval_every=250)
+
+# All sizes are a laptop's. The paper's: d_model 128 (AD on MuJoCo 256), 8 heads (DPT on MuJoCo 4), stride 1, batch 32
+# (AD on MuJoCo 24), dropout 0.05, lr 3e-4, and 10,000 steps of warm-up in 100,000.
+MUJOCO = dict(d_model=128, stride=8, lr=1e-3, steps=1_000, eval_every=250, dtype="auto")
+AD = dict(w_imp=0.1, w_load=0.1, noise=0.3)
 PRESETS = {
     ("point_robot", "dpt"): {},
-    ("point_robot", "ad"): dict(batch=16, steps=4_000, w_imp=0.1, w_load=0.1, noise=0.3),
+    ("point_robot", "ad"): dict(AD, batch=16, steps=4_000),
     ("cheetah_vel", "dpt"): dict(MUJOCO, n_layers=4),
-    ("cheetah_vel", "ad"): dict(MUJOCO, d_model=256, n_heads=8, batch=24, w_imp=0.1, w_load=0.1, noise=0.3),
+    ("cheetah_vel", "ad"): dict(MUJOCO, **AD, batch=8),
     ("walker_param", "dpt"): dict(MUJOCO, n_layers=4),
-    ("walker_param", "ad"): dict(MUJOCO, d_model=256, n_heads=8, batch=24, w_imp=0.1, w_load=0.1, noise=0.3),
+    ("walker_param", "ad"): dict(MUJOCO, **AD, batch=8),
 }
 
 
@@ -134,7 +163,8 @@ def make_config(env="point_robot", mode="dpt", **given):
         lowest = 1 if f.type is int and f.name not in ("seed", "warmup") else 0
         if f.type in (int, float) and not getattr(c, f.name) >= lowest:
             raise BadInput(f"--{f.name} {getattr(c, f.name)} is too small: the least is {lowest}")
-    choices = {"history": ("sorted", "chronological"), "dtype": ("float32", "bfloat16")}
+    choices = {"history": ("sorted", "chronological"), "dtype": ("float32", "bfloat16", "auto")}
+    choices["task_router"] = ("prefix", "token", "sequence")
     for field, allowed in choices.items():
         if getattr(c, field) not in allowed:
             raise BadInput(f"unknown --{field} {getattr(c, field)!r}: choose one of {', '.join(allowed)}")
@@ -145,6 +175,7 @@ def make_config(env="point_robot", mode="dpt", **given):
     for wrong, message in (
         (not blocks_fit, f"--moe_layers {c.moe_layers}: last, all, or block indices below {c.n_layers} such as 0,2"),
         (c.d_model % (2 * c.n_heads), f"--d_model {c.d_model} must be a multiple of twice --n_heads {c.n_heads}"),
+        (c.d_model % 16, f"--d_model {c.d_model} must be a multiple of 16"),
         (c.batch % 2, f"--batch {c.batch} must be even: two sequences a task"),
         (c.top_k >= min(c.token_experts, c.task_experts), f"--top_k {c.top_k} must be below the numbers of experts"),
         (c.dropout >= 1, f"--dropout {c.dropout} must be below 1"),
@@ -152,6 +183,7 @@ def make_config(env="point_robot", mode="dpt", **given):
         if wrong:
             raise BadInput(message)
     check_device(c.device)
+    c.dtype = fast_dtype(c.device) if c.dtype == "auto" else c.dtype
     return c
 
 
@@ -217,11 +249,14 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)  # (B, heads, past + L, D / heads)
         n = L - (0 if mask is None else mask.shape[-2])
-        parts = []
-        if n > 0:  # told that it is causal, the kernel skips half of the work, which a mask cannot tell it
-            parts.append(F.scaled_dot_product_attention(*(x[:, :, :n] for x in (q, k, v)), is_causal=True))
-        if n < L:
-            parts.append(F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=mask))
+        parts, cpu = [], x.device.type == "cpu"
+        if cpu and q.dtype == torch.bfloat16:  # there the kernel is slower in bfloat16 than in float32
+            q, k, v = q.float(), k.float(), v.float()
+        with torch.autocast(x.device.type, enabled=not cpu and torch.is_autocast_enabled(x.device.type)):
+            if n > 0:  # told that it is causal, the kernel skips half of the work, which a mask cannot tell it
+                parts.append(F.scaled_dot_product_attention(*(x[:, :, :n] for x in (q, k, v)), is_causal=True))
+            if n < L:
+                parts.append(F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=mask))
         return self.out(torch.cat(parts, dim=2).transpose(1, 2).reshape(B, L, D))
 
 
@@ -232,9 +267,9 @@ class Attention(nn.Module):
 class Experts(nn.Module):
     """`num` two-layer networks without biases; each token is computed by its chosen experts only.
 
-    Tokens are sorted by expert, so that each expert does one matrix product over the tokens that chose it. Forward and
-    backward of 7,680 tokens on one core (d 128, 6 experts 256 wide, top 2): 80 ms so, 76 ms with F.grouped_mm, which
-    knows no float64, and 392 ms where every expert computes every token.
+    Tokens are sorted by expert, so that each expert multiplies only the tokens that chose it. Forward and backward of
+    7,680 tokens on one core (d 128, 6 experts 256 wide, top 2): 76 ms, and 392 ms where every expert computes every
+    token. The counts stay on the device, so a GPU does not wait. float32 and bfloat16 only: F.grouped_mm has no other.
     """
 
     def __init__(self, num, d_in, hidden, d_out):
@@ -244,13 +279,15 @@ class Experts(nn.Module):
 
     def forward(self, h, gates, chosen):
         """sum_k gates[k] E_chosen[k](h) of each token: h (..., d_in), gates, chosen (..., top_k) -> (..., d_out)."""
-        shape = h.shape[:-1]
+        shape, device = h.shape[:-1], h.device.type
+        if torch.is_autocast_enabled(device):  # it does not know grouped_mm
+            h = h.to(torch.get_autocast_dtype(device))
         h, gates, chosen = (x.flatten(0, -2) for x in (h, gates, chosen))  # (N, .)
-        order = chosen.flatten().argsort(stable=True)  # pairs of (token, choice), by expert
+        expert, order = chosen.flatten().sort(stable=True)  # pairs of (token, choice), by expert
         token = order // chosen.shape[1]  # (N * top_k,)
-        counts = chosen.flatten().bincount(minlength=len(self.w1)).tolist()
-        groups = zip(h[token].split(counts), self.w1, self.w2)
-        y = torch.cat([F.gelu(x @ w1) @ w2 for x, w1, w2 in groups])  # (N * top_k, d_out)
+        ends = torch.searchsorted(expert, torch.arange(len(self.w1), device=h.device), right=True).int()
+        hidden = F.gelu(F.grouped_mm(h[token], self.w1.to(h.dtype), offs=ends))  # rows up to ends[i] by expert i
+        y = F.grouped_mm(hidden, self.w2.to(h.dtype), offs=ends)  # (N * top_k, d_out)
         y = y * gates.flatten()[order, None]
         return y.new_zeros(len(h), y.shape[1]).index_add(0, token, y).view(*shape, -1)
 
@@ -297,7 +334,11 @@ class TokenMoE(nn.Module):
 
 
 class TaskMoE(nn.Module):
-    """Task-wise mixture of experts, equation (3); its router sees the mean of the tokens so far and adds no noise."""
+    """Task-wise mixture of experts, equation (3); its router sees the mean of the tokens so far and adds no noise.
+
+    That is `--task_router prefix`. To compare: `token` routes each token by itself, `sequence` by the mean of the whole
+    context in training, the future included, and of what there is when acting (this is the release's).
+    """
 
     def __init__(self, d_model, d_out, hidden, num_experts, top_k, momentum=0.005):
         super().__init__()
@@ -421,7 +462,7 @@ class Block(nn.Module):
 
     def __init__(self, c, index):
         super().__init__()
-        d, here = c.d_model, index in c.moe_blocks
+        d, here, self.task_router = c.d_model, index in c.moe_blocks, c.task_router
         self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
         self.attention = Attention(d, c.n_heads)
         self.dropout = nn.Dropout(c.dropout)
@@ -436,10 +477,15 @@ class Block(nn.Module):
         h = self.norm2(x)
         if self.moe is None:
             return x[:, read] + self.dropout(self.mlp(h[:, read])), None, 0.0
-        h_mean = None
+        h_mean = routed_by = None
         if self.moe.task_moe is not None:
-            h_mean = prefix_mean(h, prefix) if cache is None else cache.prefix_mean(h)
-        y, balance = self.moe(h, h_mean, read)
+            h_mean = routed_by = prefix_mean(h, prefix) if cache is None else cache.prefix_mean(h)
+            if self.task_router == "token":
+                routed_by = h
+            elif self.task_router == "sequence" and self.training:  # the last context token has seen the whole context
+                last = -1 - (0 if prefix is None else prefix.shape[1])
+                routed_by = h_mean[:, last, None].expand_as(h_mean)
+        y, balance = self.moe(h, routed_by, read)
         return x[:, read] + self.dropout(y), h_mean, balance  # (5) the residual sum
 
 
@@ -507,15 +553,14 @@ class T2MIR(nn.Module):
         L = L_action + L_balance + w_con L_InfoNCE, the latter two summed over the T2MIR layers. -log P of a continuous
         action is the squared error (a Gaussian of fixed variance), the mean over predictions and action dimensions.
         """
-        states, actions, rewards = batch["states"], batch["actions"], batch["rewards"]  # (B, n_episodes, T, ...)
-        times = torch.arange(self.horizon, device=states.device).repeat(states.shape[1])
-        x = self.tokens(states.flatten(1, 2), actions.flatten(1, 2), rewards.flatten(1, 2), times)
-        n = x.shape[1]  # tokens in the context
+        actions = batch["actions"]
+        x = self.tokens(batch["states"], actions, batch["rewards"], batch["times"])
+        n = x.shape[1]  # tokens in the context, three for each of S steps
         if self.config.mode == "ad":
             # AD: a context of K episodes, ordered by `history`; the action that the learning agent took at each step is
             # predicted at the step's state token.
             x, means, balance = self.trunk(x, read=slice(0, None, 3))
-            predicted, wanted = self.act(x), actions.flatten(1, 2)  # (B, K * T, act_dim)
+            predicted, wanted = self.act(x), actions  # (B, S, act_dim)
         else:
             # DPT: one episode as prompt, then the queries. They come last, so that the prompt cannot see them: one
             # prompt serves them all, and when acting its cached keys and values stay valid whatever is asked.
@@ -592,25 +637,26 @@ class Batches:
         train = ~data["test"]
         if c.batch // 2 > train.sum():
             raise BadInput(f"--batch {c.batch} needs {c.batch // 2} training tasks, the dataset has {train.sum()}")
-        if c.mode == "ad" and c.context > data["states"].shape[1]:
-            raise BadInput(
-                f"--context {c.context} is more than the dataset's {data['states'].shape[1]} episodes a task"
-            )
+        # AD distills how an agent learns, so it has the agent's own episodes; DPT's prompts may be anybody's.
+        kept = ~data["guest"] if c.mode == "ad" else slice(None)
         rank, processes = this_process()
         if c.batch % processes:
             raise BadInput(f"--batch {c.batch} must be a multiple of the {processes} processes")
         self.c, self.mine = c, slice(rank, None, processes)  # all processes draw the batch, each looks up its rows
         self.rng = torch.Generator(c.device).manual_seed(c.seed)
         keys = ("states", "actions", "rewards", "expert_actions")
-        tensors = (torch.as_tensor(data[key][train], device=c.device) for key in keys)
+        tensors = (torch.as_tensor(data[key][train][:, kept], device=c.device) for key in keys)
         self.states, self.actions, self.rewards, self.labels = tensors  # (tasks, E, T, ...)
+        if c.mode == "ad" and c.context > (E := self.rewards.shape[1]):
+            raise BadInput(f"--context {c.context} is more than the dataset's {E} episodes a task")
         self.by_return = self.rewards.sum(-1).argsort(dim=1, stable=True)  # (tasks, E) episodes, worst to best
+        self.which, self.times = (x.to(c.device) for x in c.context_steps)
 
     def draw(self, *shape, below):
         return torch.randint(below, shape, generator=self.rng, device=self.c.device)
 
     def next(self):
-        """Draws a batch, a dict of states, actions, rewards (B, n, T, ...) of n context episodes, and task_ids (B,).
+        """Draws a batch, a dict of a context's states, actions, rewards (B, S, ...), its times (S,), and task_ids (B,).
 
         DPT adds queries (B, Q, obs_dim), labels (B, Q, act_dim), and how many prompt tokens each sees, prefix (B, Q).
         """
@@ -624,10 +670,12 @@ class Batches:
         else:
             episode = self.draw(c.batch, 1, below=E)  # a prompt of any quality
         task = task[self.mine]
-        at = task[:, None], episode[self.mine]
-        batch = {"states": self.states[at], "actions": self.actions[at], "rewards": self.rewards[at], "task_ids": task}
+        at = task[:, None], episode[self.mine][:, self.which], self.times
+        batch = {"states": self.states[at], "actions": self.actions[at], "rewards": self.rewards[at]}
+        batch |= {"times": self.times, "task_ids": task}
         if c.mode == "dpt":
-            episode, time, seen = (self.draw(c.batch, c.queries, below=n)[self.mine] for n in (E, T, T + 1))
+            below = (E, T, len(self.times) + 1)
+            episode, time, seen = (self.draw(c.batch, c.queries, below=n)[self.mine] for n in below)
             at = task[:, None], episode, time
             batch |= {"queries": self.states[at], "labels": self.labels[at], "prefix": 3 * seen}
         return batch
@@ -664,18 +712,18 @@ def evaluate(model, tasks, episodes, seed=0, context="own"):
     env = make_vec(c.env, tasks)
     remembered = deque(maxlen=c.context - 1 if c.mode == "ad" else 1)  # of (states, actions, rewards), each (N, T, ...)
     rng = torch.Generator(device).manual_seed(seed)
-    cache = Cache(model, N, 3 * T * (c.context if c.mode == "ad" else 1) + 1)
+    cache = Cache(model, N, 3 * len(c.context_steps[1]) + 1)
     returns = []
     for episode in range(episodes):
         cache.clear()
         if remembered and context != "hidden":
-            memory = [torch.stack(part, dim=1) for part in zip(*remembered)]  # (N, n, T, ...)
+            memory = [torch.stack(part, dim=1)[:, :, :: c.stride] for part in zip(*remembered)]  # (N, n, T / stride, .)
             if c.mode == "ad" and c.history == "sorted":
-                order = memory[2].sum(-1).argsort(dim=1, stable=True)  # (N, n)
+                order = torch.stack([r.sum(1) for _, _, r in remembered], 1).argsort(dim=1, stable=True)  # (N, n)
                 memory = [part[torch.arange(N, device=device)[:, None], order] for part in memory]
             if context == "other":
                 memory = [part.roll(1, dims=0) for part in memory]
-            times = torch.arange(T, device=device).repeat(len(remembered))
+            times = torch.arange(0, T, c.stride, device=device).repeat(len(remembered))
             model.step(cache, model.tokens(*(part.flatten(1, 2) for part in memory), times))
         steps = []
         states = torch.as_tensor(env.reset(seed=seed if episode == 0 else None)[0], device=device)
@@ -698,7 +746,7 @@ def evaluate(model, tasks, episodes, seed=0, context="own"):
             observed, rewards, *_ = env.step(actions.float().cpu().numpy())
             rewards = torch.as_tensor(rewards, dtype=torch.float32, device=device)
             steps.append((states, actions, rewards))
-            if c.mode == "ad" or episode == 0 and context != "hidden":
+            if c.mode == "ad" or episode == 0 and context != "hidden" and t % c.stride == 0:
                 triple = model.tokens(states[:, None], actions[:, None], rewards[:, None], t)
                 if c.mode == "ad":
                     waiting = triple[:, 1:]
@@ -812,7 +860,7 @@ def train(c, resume=None):
     """Trains, evaluates and leaves the run folder that it returns; `resume` is the checkpoint dict to go on from.
 
     The folder holds config.json, log.csv, ckpt.pt (the last state), best.pt (that of the best test score in the log:
-    picked on the test tasks, so nothing reported comes from it), incontext.csv and incontext.png (of the last state).
+    picked on the test tasks, so nothing reported comes from it), result.csv and incontext.png (of the last state).
     Raises BadInput where the data does not fit, and FloatingPointError on a loss that is no number.
     """
     rank, processes = this_process()
@@ -847,17 +895,28 @@ def train(c, resume=None):
     if rank == 0:
         config = json.dumps(dataclasses.asdict(c), indent=1).encode()
         write_atomically(folder / "config.json", lambda f: f.write(config))
-    columns = ["step", "loss", "action", "balance", "contrastive", "test_return", "test_score", "tokens_per_s"]
-    rows = []
+    columns = [
+        "step",
+        "loss",
+        "action",
+        "balance",
+        "contrastive",
+        "test_return",
+        "test_score",
+        "tokens_per_s",
+        "seconds",
+    ]
+    rows, before = [], 0.0
     if (folder / "log.csv").exists():
         with open(folder / "log.csv", newline="") as file:
             rows = [row for row in list(csv.reader(file))[1:] if int(row[0]) <= start_step]
+            before = float(rows[-1][-1]) if rows else 0.0  # seconds up to the last row
 
-    context_tokens = 3 * model.horizon * (c.context if c.mode == "ad" else 1)
-    tokens = c.batch * (context_tokens + (c.queries if c.mode == "dpt" else 0))  # a step
+    tokens = c.batch * (3 * len(c.context_steps[1]) + (c.queries if c.mode == "dpt" else 0))  # a step
     sums, since = (torch.zeros(4), 0) if resume is None else resume["pending"]
     sums = sums.to(c.device)
     model.train()
+    learner = torch.compile(model, fullgraph=True) if c.compile else model
     started = clock = time.perf_counter()
     with interruptible() as stop:
         bar = dict(initial=start_step, total=c.steps, desc=folder.name, disable=True if rank else None)
@@ -865,7 +924,7 @@ def train(c, resume=None):
         for step in progress:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, c)
-            sums += take_step(model, optimizer, batches, c)
+            sums += take_step(learner, optimizer, batches, c)
             done = step + 1
             stopping = of_all(torch.tensor([stop.is_set()])).any()
             evaluating = done % c.eval_every == 0 or done == c.steps
@@ -885,7 +944,8 @@ def train(c, resume=None):
                 if rank == 0:
                     returns = evaluate(model, test_tasks, c.eval_episodes)
                     last = returns[-1].mean(), normalised(returns, data)[-1].mean()
-                    rows.append([done, *(f"{x:.6g}" for x in (*means, *last)), round(speed)])
+                    seconds = before + time.perf_counter() - started
+                    rows.append([done, *(f"{x:.6g}" for x in (*means, *last)), round(speed), round(seconds)])
                     write_csv(folder / "log.csv", columns, rows)
                     scores = [float(row[columns.index("test_score")]) for row in rows]
                     best = scores[-1] == max(scores)
@@ -908,20 +968,32 @@ def train(c, resume=None):
     return folder
 
 
+def commit():
+    """The code's git commit, with a + where a file has changed since; empty where there is no repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+
+
 def report(folder, model, data):
-    """Acts in the test tasks, with its own context and with the two controls: prints, incontext.csv, incontext.png."""
-    episodes, tasks = model.config.eval_episodes, data["tasks"][data["test"]]
-    result = {k: evaluate(model, tasks, episodes, seed=1, context=k) for k in ("own", "hidden", "other")}
+    """Acts in the test tasks, with its own context and with the two controls: prints, result.csv, incontext.png.
+
+    result.csv is one row, for `figures`. A cell with several numbers, spaces between, has them by episode (return and
+    scores), by test task (score_of_task, the mean of episodes 2 to last) or by evaluation while training (log_*).
+    """
+    c, tasks, log = model.config, data["tasks"][data["test"]], read_csv(folder / "log.csv")
+    result = {k: evaluate(model, tasks, c.eval_episodes, seed=1, context=k) for k in ("own", "hidden", "other")}
     scores = {context: normalised(returns, data) for context, returns in result.items()}
-    rows = []
-    for context, returns in result.items():
-        for episode, (r, s) in enumerate(zip(returns, scores[context]), 1):
-            rows.append(
-                [context, episode, f"{r.mean():.6g}", f"{s.mean():.6g}", f"{s.std(ddof=1) / len(s) ** 0.5:.6g}"]
-            )
-    write_csv(folder / "incontext.csv", ["context", "episode", "return", "score", "score_se_over_tasks"], rows)
+    row = dict(env=c.env, mode=c.mode, variant=c.variant, seed=c.seed, steps=c.steps, commit=commit())
+    row |= dict(seconds=log[-1]["seconds"], command=c.command)
+    row |= {k.split("_")[0]: f"{data[k][data['test']].mean():.6g}" for k in ("random_return", "expert_return")}
+    lists = {"return": result["own"].mean(1), "score": scores["own"].mean(1)}
+    lists |= {"score_hidden": scores["hidden"].mean(1), "score_other": scores["other"].mean(1)}
+    lists |= {"score_of_task": scores["own"][1:].mean(0)}
+    row |= {name: " ".join(f"{x:.4g}" for x in values) for name, values in lists.items()}
+    row |= {f"log_{k}": " ".join(r[k] for r in log) for k in ("step", "test_return", "test_score")}
+    write_csv(folder / "result.csv", list(row), [list(row.values())])
     plot_incontext(folder, result, data)
-    print("episode in context: " + " ".join(f"{i + 1:7d}" for i in range(episodes)))
+    print("episode in context: " + " ".join(f"{i + 1:7d}" for i in range(c.eval_episodes)))
     print("test return:        " + " ".join(f"{x:7.2f}" for x in result["own"].mean(1)))
     for context, name in (("own", "normalised score"), ("hidden", "  context hidden"), ("other", "  context other")):
         print(f"{name}:".ljust(20) + " ".join(f"{x:7.3f}" for x in scores[context].mean(1)))
@@ -934,8 +1006,7 @@ def report(folder, model, data):
 
 def flops_of_step(c):
     """FLOPs that a training step of the dense baseline must spend in matrix products, counted from shapes."""
-    T, d = ENVS[c.env].horizon, c.d_model
-    n = 3 * T * (c.context if c.mode == "ad" else 1)  # tokens of the context
+    n, d = 3 * len(c.context_steps[1]), c.d_model  # tokens of the context
     queries = c.queries if c.mode == "dpt" else 0
     read = queries if c.mode == "dpt" else n // 3  # tokens that an action is predicted from
     attention = (n + queries) * 4 * d * d + (n * n / 2 + queries * n / 2) * 2 * d  # projections; scores and mix
@@ -952,11 +1023,12 @@ def bench(c, num_tasks=15):
     Medians of steps taken in turn. Takes about half a minute.
     """
     T, obs_dim, act_dim = ENVS[c.env].horizon, ENVS[c.env].obs_dim, ENVS[c.env].act_dim
-    memory, step_tokens = 3 * T * (c.context - 1 if c.mode == "ad" else 1), 3 if c.mode == "ad" else 1
-    tokens = c.batch * (memory + 3 * T if c.mode == "ad" else memory + c.queries)
+    tokens = 3 * len(c.context_steps[1])  # of a context
+    memory, step_tokens = (tokens - 3 * T, 3) if c.mode == "ad" else (tokens, 1)
+    tokens = c.batch * (tokens + (c.queries if c.mode == "dpt" else 0))
     widths = {"states": (obs_dim,), "actions": (act_dim,), "expert_actions": (act_dim,), "rewards": ()}
     data = {k: np.random.default_rng(0).normal(size=(45, 8, T, *w)).astype(np.float32) for k, w in widths.items()}
-    batches = Batches(c, {**data, "test": np.zeros(45, bool)})
+    batches = Batches(c, {**data, "test": np.zeros(45, bool), "guest": np.zeros(8, bool)})
     agents = {"T2MIR": T2MIR(c), "dense": T2MIR(dataclasses.replace(c, no_token_moe=True, no_task_moe=True))}
     seconds = {}  # of what each agent did, by (agent, what)
 
@@ -1040,9 +1112,9 @@ def read_csv(path):
     """Rows of a run's CSV file as dicts; raises BadInput where the run has none."""
     try:
         with open(path, newline="") as file:
-            return list(csv.DictReader(file))
-    except FileNotFoundError:
-        raise BadInput(f"{path} is missing: name folders of finished runs") from None
+            return list(csv.DictReader(line for line in file if not line.startswith("#")))
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} cannot be read ({error}): name folders of finished runs") from None
 
 
 def mean_se(values):
@@ -1051,82 +1123,109 @@ def mean_se(values):
     return f"{values.mean():.3f}" + (f" ± {values.std(ddof=1) / len(values) ** 0.5:.3f}" if len(values) > 1 else "")
 
 
+# The columns of result.csv that hold several numbers.
+LISTS = (
+    "return",
+    "score",
+    "score_hidden",
+    "score_other",
+    "score_of_task",
+    "log_step",
+    "log_test_return",
+    "log_test_score",
+)
+
+
 def figures(runs, out="figures"):
     """Compares finished runs, each with its last state: a Markdown table, results.csv and pictures in folder `out`.
 
-    The table has mean ± standard error over the runs (seeds) of a variant.
+    `runs` are runs' folders, or results.csv files that this wrote before. The table has mean ± standard error over the
+    runs (seeds) of a variant. What the routers do and how gradients conflict is drawn of runs whose folders are given.
     """
     from matplotlib.figure import Figure
 
-    groups, table = {}, []
-    for run in map(Path, runs):
-        try:
-            c = make_config(**{**json.loads((run / "config.json").read_text()), "device": "cpu"})
-        except (OSError, TypeError, ValueError) as error:
-            raise BadInput(f"{run} is no folder of a run that this code can read ({error})") from None
-        rows = read_csv(run / "incontext.csv")
-        scores = {k: [float(r["score"]) for r in rows if r["context"] == k] for k in ("own", "hidden", "other")}
-        members = groups.setdefault((c.env, c.variant), [])
-        members.append((c, scores, read_csv(run / "log.csv"), run))
-        for f in dataclasses.fields(c):
-            a, b = getattr(members[0][0], f.name), getattr(c, f.name)
-            if a != b and f.name not in ("seed", "device", "data", "runs", "name"):
-                raise BadInput(f"{members[0][3]} and {run} are no seeds of one agent: --{f.name} is {a} and {b}")
-        table += [
-            [c.env, c.variant, c.seed, c.steps, r["context"], r["episode"], r["return"], r["score"]] for r in rows
-        ]
+    folders = [Path(run) for run in runs if not str(run).endswith(".csv")]
+    rows, groups = [], {}
+    for path in map(Path, runs):
+        new = read_csv(path / "result.csv" if path in folders else path)
+        rows += [row for row in new if row not in rows]
+    for row in rows:
+        if "log_test_score" not in row:
+            raise BadInput(f"{' '.join(map(str, runs))}: not all are runs' folders or files that --figures wrote")
+        row |= {k: np.array(row[k].split(), dtype=float) for k in LISTS}
+        groups.setdefault((row["env"], row["variant"]), []).append(row)
+    for members in groups.values():
+        for row in members:
+            a, b = (r["command"].replace(f" --seed {r['seed']}", "") for r in (members[0], row))
+            if a != b:
+                raise BadInput(f"no seeds of one agent, give them separately: {a!r} and {b!r}")
     lines = [
         "| environment | agent | seeds | episode 1 | episode 2 | episodes 2 to last | last episode | context hidden | "
         "another task's context |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for (env, variant), members in groups.items():
-        own, hidden, other = (np.array([m[1][k] for m in members]) for k in ("own", "hidden", "other"))
+        own, hidden, other = (np.array([r[k] for r in members]) for k in ("score", "score_hidden", "score_other"))
         # each (runs, episodes)
         columns = own[:, 0], own[:, 1], own[:, 1:].mean(1), own[:, -1], hidden[:, 1:].mean(1), other[:, 1:].mean(1)
         lines.append(f"| {env} | {variant} | {len(members)} | " + " | ".join(map(mean_se, columns)) + " |")
+    lines.append("")
+    for (env, variant), members in groups.items():  # against the dense baseline, seed by seed
+        dense = {r["seed"]: r["score_of_task"] for r in groups.get((env, members[0]["mode"].upper()), [])}
+        pairs = [r["score_of_task"] - dense[r["seed"]] for r in members if r["seed"] in dense]
+        if "T2MIR" in variant and pairs:
+            of_seed, of_task = np.mean(pairs, axis=1), np.mean(pairs, axis=0)
+            lines.append(
+                f"{env}, {variant} minus its dense baseline, mean score of episodes 2 to last: {mean_se(of_seed)} over "
+                f"{len(pairs)} seeds, {mean_se(of_task)} over {len(of_task)} tasks, better in {(of_task > 0).sum()}.\n"
+            )
     print("\n".join(lines))
-    out = Path(out)
-    header = f"# python t2mir.py --figures {' '.join(map(str, runs))}\n"
-    text = io.StringIO(header)
+    out, text = Path(out), io.StringIO(f"# python t2mir.py --figures {' '.join(map(str, runs))}\n")
     text.seek(0, io.SEEK_END)
-    columns = ["env", "variant", "seed", "steps", "context", "episode", "return", "score"]
-    csv.writer(text, lineterminator="\n").writerows([columns, *table])
+    cells = [[" ".join(f"{x:.6g}" for x in row[k]) if k in LISTS else row[k] for k in row] for row in rows]
+    csv.writer(text, lineterminator="\n").writerows([list(rows[0]), *cells])
     write_atomically(out / "results.csv", lambda file: file.write(text.getvalue().encode()))
     write_atomically(out / "results.md", lambda file: file.write(("\n".join(lines) + "\n").encode()))
 
-    # Fig. 3 of the paper (test return against training step), and the same agents' scores against episode in context.
+    # Fig. 3 of the paper (test return against training step), and the same agents' returns against episode in context.
     for env in dict.fromkeys(env for env, _ in groups):
         fig = Figure(figsize=(9, 3.4))
         left, right = fig.subplots(1, 2)
         for color, ((_, variant), members) in enumerate((k, v) for k, v in groups.items() if k[0] == env):
-            steps = [int(row["step"]) for row in members[0][2]]
-            returns = np.array([[float(row["test_return"]) for row in log] for _, _, log, _ in members])
-            scores = np.array([scores["own"] for _, scores, _, _ in members])
-            for ax, x, y in ((left, steps, returns), (right, np.arange(1, scores.shape[1] + 1), scores)):
+            log, returns = (np.array([row[k] for row in members]) for k in ("log_test_return", "return"))
+            episodes = np.arange(1, returns.shape[1] + 1)
+            for ax, x, y in ((left, members[0]["log_step"], log), (right, episodes, returns)):
                 error = y.std(0, ddof=1) / len(y) ** 0.5 if len(y) > 1 else 0 * y[0]
                 ax.plot(x, y.mean(0), "o-", ms=3, color=f"C{color}", label=f"{variant} ({len(y)} seeds)")
                 ax.fill_between(x, y.mean(0) - error, y.mean(0) + error, color=f"C{color}", alpha=0.2, lw=0)
+        for ax in (left, right):
+            for name, style in (("expert", "--"), ("random", ":")):
+                ax.axhline(float(members[0][name]), color="k", ls=style, lw=1, label=name)
         left.set(xlabel="training step", ylabel="test return, last episode", title=env)
-        right.set(xlabel="episode in context", ylabel="normalised score", title="unseen tasks, last checkpoint")
-        right.axhline(1, color="k", ls="--", lw=1)
+        right.set(xlabel="episode in context", ylabel="test return", title="unseen tasks, last checkpoint")
         right.legend(fontsize=7)
         save_figure(fig, out / f"{env}.png")
 
-        # What the routers do (one run of each T2MIR variant), and whether tasks' gradients conflict.
-        data = open_dataset(groups[next(k for k in groups if k[0] == env)][0][0])
-        for (e, variant), members in groups.items():
-            if e == env and variant in ("T2MIR-AD", "T2MIR-DPT"):
-                plot_routing(members[0][3], data, out)
+    # What the routers do (one run of each T2MIR variant), and whether tasks' gradients conflict.
+    of = {}
+    for folder in folders:
+        row = read_csv(folder / "result.csv")[0]
+        of.setdefault(row["env"], {}).setdefault(row["variant"], []).append(folder)
+    for env, variants in of.items():
+        data = open_dataset(restore(next(iter(variants.values()))[0] / "ckpt.pt")[0].config)
+        for variant, members in variants.items():
+            if variant.startswith("T2MIR"):
+                plot_routing(members[0], data, out)
         if env == "point_robot":
-            plot_gradients({k[1]: [m[3] for m in v] for k, v in groups.items() if k[0] == env}, data, out)
+            plot_gradients(variants, data, out)
 
 
 @torch.no_grad()
 def routing(model, data, tasks, episodes):
     """Logits of the last T2MIR layer's routers on stored episodes of `tasks` (bool mask), evenly spaced over the run.
 
-    Each episode is a context of its own: (n, 3 T, K1) and (n, 3 T, K2), n = tasks * episodes; None where a MoE is off.
+    Each of n = tasks * episodes episodes is a context of its own of S steps: (n, 3 S, K1) and (n, 3 S, K2), None where
+    a MoE is off. In DPT S queries follow, the states of the context, which see all of it: (n, 4 S, ...).
     """
     moe, seen = [b.moe for b in model.blocks if b.moe is not None][-1], {}
     hooks = [
@@ -1135,50 +1234,63 @@ def routing(model, data, tasks, episodes):
         if m is not None
     ]
     at = np.linspace(0, data["rewards"].shape[1] - 1, episodes).astype(int)
-    device = model.state_mean.device
-    parts = (
-        torch.as_tensor(data[k][tasks][:, at], device=device).flatten(0, 1) for k in ("states", "actions", "rewards")
-    )
-    x = model.tokens(*parts, torch.arange(model.horizon, device=device))
-    model.trunk(x)
+    device, times = model.state_mean.device, np.arange(0, model.horizon, model.config.stride)
+    keys = ("states", "actions", "rewards")
+    parts = (torch.as_tensor(data[k][tasks][:, at][:, :, times], device=device).flatten(0, 1) for k in keys)
+    x = model.tokens(*parts, torch.as_tensor(times, device=device))
+    if model.config.mode == "dpt":
+        queries = x[:, ::3] + model.embed_time.weight[-1] - model.embed_time.weight[times]
+        model.trunk(torch.cat([x, queries], dim=1), torch.full(queries.shape[:2], x.shape[1], device=device))
+    else:
+        model.trunk(x)
     for hook in hooks:
         hook.remove()
-    return tuple(seen[name].view(*x.shape[:2], -1).cpu() if name in seen else None for name in ("token", "task"))
+    return tuple(seen[name].cpu() if name in seen else None for name in ("token", "task"))
 
 
 def plot_routing(folder, data, out, episodes=10):
-    """Draws Fig. 1 of the paper, t-SNE of both routers' logits on unseen tasks, and how the task router settles.
+    """Draws Fig. 1 of the paper, t-SNE of both routers' logits on unseen tasks, and two more pictures of what they do.
 
-    The latter is the share of the full episode's top-k experts that are already chosen after each step.
+    One has the share of each kind of token that goes to each expert of the token-wise MoE; the other how soon the task
+    router settles: the share of the full episode's top-k experts that are already chosen after each step.
     """
     from matplotlib.figure import Figure
     from sklearn.manifold import TSNE
 
     model, _ = restore(folder / "ckpt.pt")
-    tasks = data["test"]
+    tasks, k = data["test"], model.config.top_k
     token, task = routing(model, data, tasks, episodes)
     if token is None or task is None:
         return
-    fig = Figure(figsize=(13, 3.8))
-    left, middle, right = fig.subplots(1, 3)
+    S = len(range(0, model.horizon, model.config.stride))
+    kind = torch.cat([torch.arange(3).repeat(S), torch.full((token.shape[1] - 3 * S,), 3)])  # of each token
+    kinds = ["state", "action", "reward", "query"][: kind.max() + 1]
+    fig = Figure(figsize=(17, 3.8))
+    left, second, third, right = fig.subplots(1, 4)
     total = token.shape[0] * token.shape[1]
     pick = np.random.default_rng(0).choice(total, min(1500, total), replace=False)
     points = TSNE(random_state=0).fit_transform(token.flatten(0, 1)[pick].numpy())
-    for kind, label in enumerate(("state", "action", "reward")):
-        left.scatter(*points[pick % 3 == kind].T, s=4, label=label)
+    for i, label in enumerate(kinds):
+        left.scatter(*points[kind.repeat(len(token))[pick] == i].T, s=4, label=label)
     left.legend(markerscale=3, fontsize=7)
     left.set(title="token-wise router", xticks=[], yticks=[])
+    chosen = torch.zeros_like(token).scatter(2, token.topk(k, dim=2).indices, 1) / k  # (n, 3 S or 4 S, K1)
+    shares = torch.stack([chosen[:, kind == i].mean((0, 1)) for i in range(len(kinds))])
+    second.imshow(shares, vmin=0, vmax=0.5, cmap="Blues", aspect="auto")
+    for (i, j), share in np.ndenumerate(shares.numpy()):
+        second.text(j, i, f"{share:.0%}", ha="center", va="center", fontsize=8)
+    second.set(title="share of the kind's choices", xlabel="expert", yticks=range(len(kinds)), yticklabels=kinds)
+    task = task[:, : 3 * S]
     points = TSNE(random_state=0, perplexity=20).fit_transform(task[:, -1].numpy())
     value = data["tasks"][tasks]
     value = np.arctan2(value[:, 1], value[:, 0]) if model.config.env == "point_robot" else value[:, 0]
-    colors = middle.scatter(*points.T, c=np.repeat(value, episodes), cmap="hsv" if value.min() < 0 else "viridis", s=10)
-    fig.colorbar(colors, ax=middle, label="direction of the goal" if value.min() < 0 else "task parameter")
-    middle.set(title="task-wise router, after a whole episode", xticks=[], yticks=[])
-    k = model.config.top_k
-    chosen = torch.zeros_like(task).scatter(2, task.topk(k, dim=2).indices, 1)  # (n, 3 T, K2)
-    agreement = (chosen * chosen[:, -1:]).sum(2)[:, 2::3] / k  # (n, T), after each step
+    colors = third.scatter(*points.T, c=np.repeat(value, episodes), cmap="hsv" if value.min() < 0 else "viridis", s=10)
+    fig.colorbar(colors, ax=third, label="direction of the goal" if value.min() < 0 else "task parameter")
+    third.set(title="task-wise router, after a whole episode", xticks=[], yticks=[])
+    chosen = torch.zeros_like(task).scatter(2, task.topk(k, dim=2).indices, 1)  # (n, 3 S, K2)
+    agreement = (chosen * chosen[:, -1:]).sum(2)[:, 2::3] / k  # (n, S), after each step
     error = agreement.std(0) / len(agreement) ** 0.5
-    x = np.arange(1, model.horizon + 1)
+    x = np.arange(1, model.horizon + 1, model.config.stride)
     right.plot(x, agreement.mean(0))
     right.fill_between(x, agreement.mean(0) - error, agreement.mean(0) + error, alpha=0.2, lw=0)
     right.set(xlabel="steps of the task seen", ylabel="share of the final experts", title="how the task router settles")
@@ -1247,10 +1359,10 @@ def act_in_fresh_tasks(run, num_tasks, **given):
 
 # What --bench measures: the sizes that the paper's release trains at, AD on HalfCheetah with a smaller batch.
 BENCH = {
-    ("point_robot", "dpt"): dict(d_model=128, n_layers=4, batch=32),
-    ("point_robot", "ad"): dict(d_model=128, n_layers=3, batch=32),
-    ("cheetah_vel", "dpt"): dict(d_model=128, n_layers=4, batch=32),
-    ("cheetah_vel", "ad"): dict(d_model=256, n_layers=3, batch=4),
+    ("point_robot", "dpt"): dict(d_model=128, n_layers=3, n_heads=8, batch=32),
+    ("point_robot", "ad"): dict(d_model=128, n_layers=3, n_heads=8, batch=32),
+    ("cheetah_vel", "dpt"): dict(d_model=128, n_layers=4, n_heads=4, batch=32, stride=1),
+    ("cheetah_vel", "ad"): dict(d_model=256, n_layers=3, n_heads=8, batch=4, stride=1),
 }
 
 
@@ -1288,7 +1400,7 @@ def main(argv):
     elif job == "bench":
         for env in [given["env"]] if "env" in given else ["point_robot", "cheetah_vel"]:
             for mode in [given["mode"]] if "mode" in given else ["dpt", "ad"]:
-                bench(make_config(**{"env": env, "mode": mode, **BENCH.get((env, mode), {}), "n_heads": 8, **given}))
+                bench(make_config(**{"env": env, "mode": mode, **BENCH.get((env, mode), {}), **given}))
     elif job == "resume":
         _, content = restore(Path(run) / "ckpt.pt")
         folder = Path(run).resolve()
