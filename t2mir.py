@@ -22,6 +22,7 @@ import json
 import math
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -103,13 +104,12 @@ class Config:
     @property
     def variant(self):
         """The agent's name in tables and figures: T2MIR-DPT, DPT, T2MIR-AD (no_balance), ..."""
-        if self.no_token_moe and self.no_task_moe:
-            return self.mode.upper()
-        off = [f.name for f in dataclasses.fields(self) if f.name.startswith("no_") and getattr(self, f.name)]
-        off += [
-            f"{k}={getattr(self, k)}" for k in ("moe_layers", "task_router") if getattr(self, k) != getattr(Config, k)
-        ]
-        return f"T2MIR-{self.mode.upper()}" + f" ({', '.join(off)})" * bool(off)
+        dense = self.no_token_moe and self.no_task_moe
+        off = [f"moe_layers={self.moe_layers}"] * (self.moe_layers != Config.moe_layers)
+        if not dense:
+            off += [f"task_router={self.task_router}"] * (self.task_router != Config.task_router)
+            off += [f.name for f in dataclasses.fields(self) if f.name.startswith("no_") and getattr(self, f.name)]
+        return "T2MIR-" * (not dense) + self.mode.upper() + f" ({', '.join(off)})" * bool(off)
 
     @property
     def command(self):
@@ -864,7 +864,7 @@ def train(c, resume=None):
     Raises BadInput where the data does not fit, and FloatingPointError on a loss that is no number.
     """
     rank, processes = this_process()
-    data = open_dataset(c)
+    code, data = commit(), open_dataset(c)
     default = "-".join([c.env, *c.variant.replace("T2MIR-", "t2mir_").split(), f"seed{c.seed}"]).lower()
     folder = Path(c.runs) / (c.name or default.translate(str.maketrans("", "", "(),")))
     if resume is None and (folder / "ckpt.pt").exists():
@@ -964,7 +964,7 @@ def train(c, resume=None):
             if evaluating:
                 clock = time.perf_counter()
     if rank == 0:
-        report(folder, model, data)
+        report(folder, model, data, code)
     return folder
 
 
@@ -974,16 +974,17 @@ def commit():
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
 
 
-def report(folder, model, data):
+def report(folder, model, data, code):
     """Acts in the test tasks, with its own context and with the two controls: prints, result.csv, incontext.png.
 
+    `code` is the commit that the run began with.
     result.csv is one row, for `figures`. A cell with several numbers, spaces between, has them by episode (return and
     scores), by test task (score_of_task, the mean of episodes 2 to last) or by evaluation while training (log_*).
     """
     c, tasks, log = model.config, data["tasks"][data["test"]], read_csv(folder / "log.csv")
     result = {k: evaluate(model, tasks, c.eval_episodes, seed=1, context=k) for k in ("own", "hidden", "other")}
     scores = {context: normalised(returns, data) for context, returns in result.items()}
-    row = dict(env=c.env, mode=c.mode, variant=c.variant, seed=c.seed, steps=c.steps, commit=commit())
+    row = dict(env=c.env, mode=c.mode, variant=c.variant, seed=c.seed, steps=c.steps, commit=code)
     row |= dict(seconds=log[-1]["seconds"], command=c.command)
     row |= {k.split("_")[0]: f"{data[k][data['test']].mean():.6g}" for k in ("random_return", "expert_return")}
     lists = {"return": result["own"].mean(1), "score": scores["own"].mean(1)}
@@ -1171,7 +1172,9 @@ def figures(runs, out="figures"):
         lines.append(f"| {env} | {variant} | {len(members)} | " + " | ".join(map(mean_se, columns)) + " |")
     lines.append("")
     for (env, variant), members in groups.items():  # against the dense baseline, seed by seed
-        dense = {r["seed"]: r["score_of_task"] for r in groups.get((env, members[0]["mode"].upper()), [])}
+        where = re.search(r"moe_layers=[\w,]*\w", variant)
+        baseline = members[0]["mode"].upper() + (f" ({where[0]})" if where else "")
+        dense = {r["seed"]: r["score_of_task"] for r in groups.get((env, baseline), [])}
         pairs = [r["score_of_task"] - dense[r["seed"]] for r in members if r["seed"] in dense]
         if "T2MIR" in variant and pairs:
             of_seed, of_task = np.mean(pairs, axis=1), np.mean(pairs, axis=0)

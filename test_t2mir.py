@@ -32,9 +32,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import t2mir
 from collect import BadInput, BatchedSAC, Collection, collect, command_line, flops_of_update, load, resolve
 from collect import main as collect_main
-from collect import write_atomically
+from collect import parse_flags, write_atomically
 from envs import ENVS, make_vec, sample_tasks
-from t2mir import T2MIR, Batches, TaskMoE, TokenMoE, evaluate, make_config
+from t2mir import T2MIR, Batches, Config, TaskMoE, TokenMoE, evaluate, make_config
 
 torch.set_num_threads(1)  # the sizes are so small that a second thread would only wait for the first
 pytestmark = pytest.mark.filterwarnings("ignore:.*Box observation space")  # unbounded observations are meant
@@ -648,6 +648,31 @@ def test_key_router_is_a_moving_average():
         key = key + 0.1 * (moe.router.weight.detach().numpy() - key)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["ad", "dpt"])
+def test_what_the_task_router_sees(mode, folder):
+    """Each token's own prefix mean, the token itself, or while training the mean of the whole context."""
+    batch = Batches(tiny(mode), load(f"{folder}/point_robot.npz")).next()
+    n = 3 * batch["states"].shape[1]
+    for router in ("prefix", "token", "sequence"):
+        model, seen = tiny_model(mode, task_router=router, moe_layers="0").train(), []
+        model.blocks[0].norm2.register_forward_hook(lambda module, x, y: seen.append(y))
+        model.blocks[0].moe.task_moe.router.register_forward_hook(lambda module, x, y: seen.append(x[0]))
+        model(batch)
+        h, given = seen[:2]  # the router is called again, for InfoNCE
+        for b, t in np.ndindex(*h.shape[:2]):
+            if router == "sequence":
+                wanted = h[b, :n].mean(0)
+            elif router == "token":
+                wanted = h[b, t]
+            elif t < n:
+                wanted = h[b, : t + 1].mean(0)
+            else:
+                p = batch["prefix"][b, t - n]
+                wanted = (h[b, :p].sum(0) + h[b, t]) / (p + 1)
+            near(given[b, t], wanted, 1e-4)
+
+
 @pytest.mark.parametrize("moe_layers", ["last", "all"])
 def test_variants_spend_equal_active_parameters(moe_layers):
     """Feed-forward weights that a token is multiplied with: both MoEs, either alone and the dense baseline agree.
@@ -960,6 +985,48 @@ def test_a_run_repeats_and_leaves_its_folder(mode, folder, tmp_path, monkeypatch
         assert "\n" not in str(caught.value)
 
 
+def test_a_command_makes_its_config():
+    """`command`, typed, gives the same config; it names what differs from the preset and nothing else."""
+    for env, mode in t2mir.PRESETS:
+        c = make_config(env, mode, seed=3, lr=1.5e-4, no_balance=True, moe_layers="0,1", data="x", runs="y", name="z")
+        assert c.command.split()[:2] == ["python", "t2mir.py"] and len(c.command) < 120
+        again = make_config(**parse_flags(Config, c.command.split()[2:], ""))
+        assert again == dataclasses.replace(c, data="data", runs="runs", name="")
+
+
+def test_figures_say_what_the_runs_did(folder, tmp_path, capsys):
+    """Mean, standard error and paired difference in the table are those of result.csv; results.csv makes it again."""
+    runs = [
+        t2mir.train(tiny("dpt", seed=seed, no_token_moe=True, no_task_moe=dense, name=f"{seed}{dense}", **given))
+        for given in [dict(moe_layers="last", steps=4, eval_every=2, eval_episodes=3, data=folder, runs=str(tmp_path))]
+        for dense, seed in ((False, 0), (False, 1), (True, 1), (True, 0))
+    ]
+    capsys.readouterr()
+    t2mir.main(["--figures", *(str(run / "result.csv") for run in runs), "--out", str(tmp_path / "one")])
+    said = capsys.readouterr().out
+    t2mir.main(["--figures", str(tmp_path / "one" / "results.csv"), "--out", str(tmp_path / "two")])
+    assert capsys.readouterr().out == said == (tmp_path / "two" / "results.md").read_text()
+    assert (tmp_path / "two" / "point_robot.png").read_bytes()[:4] == b"\x89PNG"
+    a0, a1, b1, b0 = ([float(x) for x in rows(run / "result.csv")[0]["score"].split()] for run in runs)
+
+    def both(x, y):
+        return f"{(x + y) / 2:.3f} ± {abs(x - y) / 2:.3f}"  # of two, the error of the mean is half their distance
+
+    table = [line.split(" | ") for line in said.splitlines() if line.startswith("| point_robot")]
+    assert [line[1:3] for line in table] == [["T2MIR-DPT (no_token_moe)", "2"], ["DPT", "2"]]
+    assert table[0][3:6] == [both(a0[0], a1[0]), both(a0[1], a1[1]), both((a0[1] + a0[2]) / 2, (a1[1] + a1[2]) / 2)]
+    assert table[1][6] == both(b0[2], b1[2])
+    d0, d1 = ((a[1] + a[2] - b[1] - b[2]) / 2 for a, b in ((a0, b0), (a1, b1)))
+    (difference,) = (line for line in said.splitlines() if "minus" in line)
+    mean, error = (float(x) for x in re.search(r": (\S+) ± (\S+) over 2 seeds", difference).groups())
+    assert mean == pytest.approx((d0 + d1) / 2, abs=2e-3) and error == pytest.approx(abs(d0 - d1) / 2, abs=2e-3)
+    with pytest.raises(BadInput, match="no seeds of one agent"):
+        t2mir.train(
+            tiny("dpt", steps=2, no_token_moe=True, moe_layers="last", name="c", data=folder, runs=str(tmp_path))
+        )
+        t2mir.figures([runs[0] / "result.csv", tmp_path / "c" / "result.csv"], tmp_path / "three")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Bad input
 
@@ -985,6 +1052,9 @@ TRAIN = """
 --top_k 6 | --top_k 6
 --dropout 1 | --dropout 1
 --history nope | --history 'nope'
+--task_router nope | --task_router 'nope'
+--stride 0 | --stride 0
+--d_model 24 | --d_model 24
 --dtype nope | --dtype 'nope'
 --device nope | --device nope
 word | word
