@@ -142,10 +142,10 @@ class Config:
 # All sizes are a laptop's. The paper's: d_model 128 (AD on MuJoCo 256), 8 heads (DPT on MuJoCo 4), stride 1, batch 32
 # (AD on MuJoCo 24), dropout 0.05, lr 3e-4, and 10,000 steps of warm-up in 100,000.
 MUJOCO = dict(d_model=128, stride=8, lr=1e-3, steps=1_000, eval_every=250, dtype="auto")
-AD = dict(w_imp=0.1, w_load=0.1, noise=0.3)
+AD = dict(w_imp=0.1, w_load=0.1)
 PRESETS = {
     ("point_robot", "dpt"): {},
-    ("point_robot", "ad"): dict(AD, batch=16, steps=4_000),
+    ("point_robot", "ad"): dict(AD, batch=16, steps=4_000, noise=0.3),
     ("cheetah_vel", "dpt"): dict(MUJOCO, n_layers=4),
     ("cheetah_vel", "ad"): dict(MUJOCO, **AD, batch=8),
     ("walker_param", "dpt"): dict(MUJOCO, n_layers=4),
@@ -739,8 +739,8 @@ def evaluate(model, tasks, episodes, seed=0, context="own"):
                 actions = model.step(cache, model.state_tokens(states[:, None], T), keep=False)
             # The policy is a Gaussian around the head's output, as in the loss. The first episode draws from it widely:
             # with nothing in context the mean over Point-Robot's tasks is to stand still, which shows nothing. Later,
-            # DPT acts on the mean, like the expert that it imitates. AD imitates a learner that explores, and draws; on
-            # the mean it can repeat one wrong episode for ever.
+            # the agent acts on the mean, like the expert that it imitates. But for AD on Point-Robot, which imitates a
+            # learner that explores: on the mean it can repeat one wrong episode for ever.
             spread = c.explore if episode == 0 else c.noise
             actions = (actions + spread * torch.randn(actions.shape, generator=rng, device=device)).clamp(-1, 1)
             observed, rewards, *_ = env.step(actions.float().cpu().numpy())
