@@ -926,6 +926,19 @@ def test_a_tiny_model_learns_a_tiny_batch_by_heart(mode, folder):
     pytest.fail(f"the action loss is still {model.eval()(batch)['action'] / targets.var():.3f} of the variance")
 
 
+@pytest.mark.parametrize("mode", ["ad", "dpt"])
+def test_a_training_step_compiles_as_one_graph(mode, folder):
+    """Traced whole, without a break, the step gives the same losses; torch's compiler itself is not run."""
+    model = tiny_model(mode).train()
+    batch = Batches(model.config, load(f"{folder}/point_robot.npz")).next()
+    losses = []
+    for traced in (model, torch.compile(model, fullgraph=True, backend="eager")):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(traced(batch))
+    near(losses[0], losses[1], 1e-6)
+
+
 def short_run(mode, folder, runs, seed, name):
     given = dict(n_layers=1, context=2, steps=6, eval_every=3, warmup=2, eval_episodes=2, dropout=0.1, seed=seed)
     return t2mir.train(tiny(mode, **given, data=folder, runs=str(runs), name=name))
@@ -1057,6 +1070,7 @@ TRAIN = """
 --d_model 24 | --d_model 24
 --dtype nope | --dtype 'nope'
 --device nope | --device nope
+--compile --dtype float32 | --compile needs --dtype bfloat16
 word | word
 --tasks 9 | --tasks
 --mode ad --batch 4 --context 99 | --context 99
