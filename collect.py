@@ -367,7 +367,7 @@ class Collection:
         episodes = slice(self.round * c, self.round * c + c)
         states, actions, rewards = (x[:, episodes] for x in (self.states, self.actions, self.rewards))  # (num, c, T, .)
         states[:, :, 0] = torch.as_tensor(observed, device=self.device).view(num, c, -1)
-        # acts_in[agent, copy] is a task: the agent's own, for the guest another. Agents of test tasks visit test tasks.
+        # acts_in[agent, copy] is a task: the agent's own, for a guest any. Test tasks' agents visit test tasks.
         acts_in, copies = (
             torch.arange(num, device=self.device)[:, None].repeat(1, c),
             torch.arange(c, device=self.device),
@@ -396,7 +396,7 @@ class Collection:
         self.round += 1
 
     def sample(self, step):
-        """A batch for `update`: each agent's own transitions, uniformly from all that it made before `step`."""
+        """A batch for `update`: transitions of each agent's own task, uniformly from all made in it before `step`."""
         s, shape = self.s, (self.num, self.s.batch)
         row = torch.arange(self.num, device=self.device)[:, None]
         when = torch.randint(step, shape, device=self.device, generator=self.rng)
@@ -503,7 +503,7 @@ def collect(name, **given):
     }
     arrays = {k: v.cpu().numpy() for k, v in zip(("states", "actions", "rewards"), history)}
     arrays |= dict(tasks=run.tasks, test=np.arange(num) >= s.train_tasks, expert_actions=labels.cpu().numpy())
-    guest = (stored % s.copies == s.copies - 1) & (s.copies > 1) & (stored // s.copies * run.T >= s.random_steps)
+    guest = (stored % s.copies == s.copies - 1) & (s.copies > 1) & ((stored // s.copies + 1) * run.T > s.random_steps)
     arrays |= dict(guest=guest)
     arrays |= dict(random_return=random_return, expert_return=expert_return)
     arrays |= dict(curve=run.rewards[:, :: s.copies].sum(-1).cpu().numpy(), info=json.dumps(info))

@@ -8,8 +8,8 @@ config, attention, experts and routers, losses, block and model, data, evaluatio
 
 What this model does that a plain causal transformer does not:
 - three tokens a step (state, action, reward), each kind with its own embedding, and a time step within the episode;
-- in the blocks named by `moe_layers` the feed-forward layer is two mixtures of experts side by side: the token-wise one
-  routes each token, the task-wise one routes by the mean of all tokens seen so far, so by what the task looks like;
+- in the blocks named by `moe_layers` (the last one) the feed-forward layer is two mixtures of experts side by side: the
+  token-wise one routes each token, the task-wise one by the mean of all tokens so far, so by what the task looks like;
 - the task router is trained as a task encoder: InfoNCE pulls sequences of one task together, keys from a momentum copy;
 - DPT has queries: states at the end of the sequence that see a prefix of the prompt and themselves, never one another.
 """
@@ -79,7 +79,7 @@ class Config:
     task_router: str = flag("prefix", "what routes in the task-wise MoE: prefix, token, or sequence (see TaskMoE)")
     context: int = flag(4, "AD: episodes in a context", group="context")
     history: str = flag("sorted", "AD: order of a context's episodes: sorted (by return) or chronological")
-    stride: int = flag(1, "every so many steps of a finished episode enter the context; 1 for all")
+    stride: int = flag(1, "every so many steps enter the context; AD's running episode does with all of them")
     queries: int = flag(40, "DPT: query states trained on each prompt")
     steps: int = flag(1_500, "training steps", group="optimisation")
     batch: int = flag(32, "sequences in a batch: two from each of batch / 2 tasks")
@@ -96,9 +96,7 @@ class Config:
     seed: int = flag(0, "random seed of training (the data has its own)", group="system")
     device: str = flag("cpu", "cpu, cuda or mps")
     dtype: str = flag("float32", "float32, bfloat16 for autocast (routers stay in float32), or auto: what is faster")
-    compile: bool = flag(
-        False, "torch.compile the training step, after two minutes' wait; on a CPU it was no faster"
-    )
+    compile: bool = flag(False, "torch.compile the training step, after two minutes' wait; on a CPU it was no faster")
     data: str = flag("data", "folder of the datasets")
     runs: str = flag("runs", "folder of the runs")
     name: str = flag("", "the run's folder in --runs; by default made from env, mode, variant and seed")
@@ -163,6 +161,7 @@ def make_config(env="point_robot", mode="dpt", **given):
     c = Config(**{"env": env, "mode": mode, **PRESETS[env, mode], **given})
     for f in dataclasses.fields(c):
         lowest = 1 if f.type is int and f.name not in ("seed", "warmup") else 0
+        lowest = 2 if f.name == "eval_episodes" else lowest
         if f.type in (int, float) and not getattr(c, f.name) >= lowest:
             raise BadInput(f"--{f.name} {getattr(c, f.name)} is too small: the least is {lowest}")
     choices = {"history": ("sorted", "chronological"), "dtype": ("float32", "bfloat16", "auto")}
@@ -176,8 +175,7 @@ def make_config(env="point_robot", mode="dpt", **given):
         blocks_fit = False
     for wrong, message in (
         (not blocks_fit, f"--moe_layers {c.moe_layers}: last, all, or block indices below {c.n_layers} such as 0,2"),
-        (c.d_model % (2 * c.n_heads), f"--d_model {c.d_model} must be a multiple of twice --n_heads {c.n_heads}"),
-        (c.d_model % 16, f"--d_model {c.d_model} must be a multiple of 16"),
+        (c.d_model % 16 or c.d_model % c.n_heads, f"--d_model {c.d_model} must be a multiple of 16 and of --n_heads"),
         (c.batch % 2, f"--batch {c.batch} must be even: two sequences a task"),
         (c.top_k >= min(c.token_experts, c.task_experts), f"--top_k {c.top_k} must be below the numbers of experts"),
         (c.dropout >= 1, f"--dropout {c.dropout} must be below 1"),
@@ -258,7 +256,7 @@ class Attention(nn.Module):
             q, k, v = q.float(), k.float(), v.float()
         with torch.autocast(x.device.type, enabled=not cpu and torch.is_autocast_enabled(x.device.type)):
             if n > 0:  # told that it is causal, the kernel skips half of the work, which a mask cannot tell it
-                parts.append(F.scaled_dot_product_attention(*(x[:, :, :n] for x in (q, k, v)), is_causal=True))
+                parts.append(F.scaled_dot_product_attention(*(part[:, :, :n] for part in (q, k, v)), is_causal=True))
             if n < L:
                 parts.append(F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=mask))
         return self.out(torch.cat(parts, dim=2).transpose(1, 2).reshape(B, L, D))
@@ -655,6 +653,7 @@ class Batches:
             raise BadInput(f"--context {c.context} is more than the dataset's {E} episodes a task")
         self.by_return = self.rewards.sum(-1).argsort(dim=1, stable=True)  # (tasks, E) episodes, worst to best
         self.which, self.times = (x.to(c.device) for x in c.context_steps)
+        self.drawn = self.tokens = 0  # batches so far, and the tokens in them
 
     def draw(self, *shape, below):
         return torch.randint(below, shape, generator=self.rng, device=self.c.device)
@@ -664,21 +663,27 @@ class Batches:
 
         DPT adds queries (B, Q, obs_dim), labels (B, Q, act_dim), and how many prompt tokens each sees, prefix (B, Q).
         """
-        c, (num_tasks, E, T) = self.c, self.rewards.shape
+        c, (num_tasks, E, T), start = self.c, self.rewards.shape, 0
         task = torch.rand(num_tasks, generator=self.rng, device=c.device).argsort()[: c.batch // 2].repeat(2)  # (B,)
         if c.mode == "ad":
             # K distinct episodes, from the worst to the best, or from the first to the last.
             shuffled = torch.rand(c.batch, E, generator=self.rng, device=c.device).argsort(dim=1)
             place = shuffled[:, : c.context].sort(dim=1).values  # (B, K)
             episode = place if c.history == "chronological" else self.by_return[task[:, None], place]
+            # When acting, the running episode, which is whole, follows 0 to K - 1 finished ones. Without a stride the
+            # beginnings of one context are all of these; with one, the batches have as many in turn.
+            if c.stride > 1:
+                start = self.drawn % c.context * len(range(0, T, c.stride))
         else:
             episode = self.draw(c.batch, 1, below=E)  # a prompt of any quality
-        task = task[self.mine]
-        at = task[:, None], episode[self.mine][:, self.which], self.times
+        task, times = task[self.mine], self.times[start:]
+        at = task[:, None], episode[self.mine][:, self.which[start:]], times
         batch = {"states": self.states[at], "actions": self.actions[at], "rewards": self.rewards[at]}
-        batch |= {"times": self.times, "task_ids": task}
+        batch |= {"times": times, "task_ids": task}
+        self.drawn += 1
+        self.tokens += c.batch * (3 * len(times) + (c.queries if c.mode == "dpt" else 0))
         if c.mode == "dpt":
-            below = (E, T, len(self.times) + 1)
+            below = (E, T, len(times) + 1)
             episode, time, seen = (self.draw(c.batch, c.queries, below=n)[self.mine] for n in below)
             at = task[:, None], episode, time
             batch |= {"queries": self.states[at], "labels": self.labels[at], "prefix": 3 * seen}
@@ -782,7 +787,7 @@ def learning_rate(step, c):
     return c.lr * 0.5 * (1 + math.cos(math.pi * (step - c.warmup) / max(1, c.steps - c.warmup)))
 
 
-FORMAT = 2  # of a checkpoint; raise it when its content changes
+FORMAT = 3  # of a checkpoint; raise it when its content changes
 
 
 def make_optimizer(model):
@@ -810,8 +815,8 @@ def take_step(model, optimizer, batches, c):
 def save(path, model, optimizer, batches, step, pending):
     """Writes a checkpoint: all that is needed to act (`config`, `model`) and to go on training.
 
-    `pending` is what the log has not seen yet: the sums of the losses, and the step after which they begin. Under
-    torchrun all processes call this, and the first one writes.
+    `pending` is what the log has not seen yet: the sums of the losses, the step after which they begin, and the seconds
+    that the run has taken. Under torchrun all processes call this, and the first one writes.
     """
     rng = {"torch": of_all(torch.get_rng_state()[None]), "batches": batches.rng.get_state()}
     if model.state_mean.is_cuda:
@@ -893,6 +898,7 @@ def train(c, resume=None):
         model.load_state_dict(resume["model"])
         optimizer.load_state_dict(resume["optimizer"])
         batches.rng.set_state(resume["rng"]["batches"].cpu())
+        batches.drawn = start_step
         torch.set_rng_state(resume["rng"]["torch"][rank].cpu())
         if "cuda" in resume["rng"]:
             torch.cuda.set_rng_state(resume["rng"]["cuda"][rank].cpu(), c.device)
@@ -910,14 +916,12 @@ def train(c, resume=None):
         "tokens_per_s",
         "seconds",
     ]
-    rows, before = [], 0.0
+    rows = []
     if (folder / "log.csv").exists():
         with open(folder / "log.csv", newline="") as file:
             rows = [row for row in list(csv.reader(file))[1:] if int(row[0]) <= start_step]
-            before = float(rows[-1][-1]) if rows else 0.0  # seconds up to the last row
 
-    tokens = c.batch * (3 * len(c.context_steps[1]) + (c.queries if c.mode == "dpt" else 0))  # a step
-    sums, since = (torch.zeros(4), 0) if resume is None else resume["pending"]
+    sums, since, before = (torch.zeros(4), 0, 0.0) if resume is None else resume["pending"]
     sums = sums.to(c.device)
     model.train()
     learner = torch.compile(model, fullgraph=True) if c.compile else model
@@ -936,6 +940,7 @@ def train(c, resume=None):
                 continue
             sums = of_all(sums[None]).mean(0)
             means = (sums / (done - since)).tolist()
+            seconds = before + time.perf_counter() - started
             if not all(map(math.isfinite, means)):
                 raise FloatingPointError(
                     f"the loss became {means[0]} between steps {max(since, done - CHECK_EVERY) + 1} and {done}: "
@@ -943,12 +948,12 @@ def train(c, resume=None):
                 )
             progress.set_postfix_str(f"loss {means[0]:.4f}")
             if evaluating:
-                speed = tokens * (done - max(since, start_step)) / (time.perf_counter() - clock)
+                speed = batches.tokens / (time.perf_counter() - clock)
                 sums, since, best = torch.zeros_like(sums), done, False
                 if rank == 0:
                     returns = evaluate(model, test_tasks, c.eval_episodes)
                     last = returns[-1].mean(), normalised(returns, data)[-1].mean()
-                    seconds = before + time.perf_counter() - started
+                    seconds = before + time.perf_counter() - started  # with the evaluation
                     rows.append([done, *(f"{x:.6g}" for x in (*means, *last)), round(speed), round(seconds)])
                     write_csv(folder / "log.csv", columns, rows)
                     scores = [float(row[columns.index("test_score")]) for row in rows]
@@ -960,13 +965,13 @@ def train(c, resume=None):
                         f"{speed:,.0f} tokens/s, {left:.0f} s left"
                     )
                 if of_all(torch.tensor([best])).any():
-                    save(folder / "best.pt", model, optimizer, batches, done, [sums, since])
+                    save(folder / "best.pt", model, optimizer, batches, done, [sums, since, seconds])
             if evaluating or stopping:
-                save(folder / "ckpt.pt", model, optimizer, batches, done, [sums, since])
+                save(folder / "ckpt.pt", model, optimizer, batches, done, [sums, since, seconds])
             if stopping and done < c.steps:
                 raise KeyboardInterrupt(f"stopped after step {done}, go on with: python t2mir.py --resume {folder}")
             if evaluating:
-                clock = time.perf_counter()
+                clock, batches.tokens = time.perf_counter(), 0
     if rank == 0:
         report(folder, model, data, code)
     return folder
@@ -981,7 +986,7 @@ def commit():
 def report(folder, model, data, code):
     """Acts in the test tasks, with its own context and with the two controls: prints, result.csv, incontext.png.
 
-    `code` is the commit that the run began with.
+    `code` is the commit that the run began with, or went on with.
     result.csv is one row, for `figures`. A cell with several numbers, spaces between, has them by episode (return and
     scores), by test task (score_of_task, the mean of episodes 2 to last) or by evaluation while training (log_*).
     """
@@ -1046,12 +1051,13 @@ def bench(c, num_tasks=15):
 
     for name, model in agents.items():
         optimizer = make_optimizer(model.to(c.device))
-        agents[name] = model.train(), optimizer, Cache(model, num_tasks, memory + 3 * T)
+        learner = torch.compile(model, fullgraph=True) if c.compile else model
+        agents[name] = model.train(), learner, optimizer, Cache(model, num_tasks, memory + 3 * T)
     past, now = (torch.randn(num_tasks, n, c.d_model, device=c.device) for n in (memory, step_tokens))
     a, b = (torch.randn(n, 4 * c.d_model, device=c.device, dtype=getattr(torch, c.dtype)) for n in (16_384, c.d_model))
     for _ in range(6):
-        for name, (model, optimizer, cache) in agents.items():
-            clock((name, "train"), lambda: take_step(model, optimizer, batches, c))
+        for name, (model, learner, optimizer, cache) in agents.items():
+            clock((name, "train"), lambda: take_step(learner, optimizer, batches, c))
             with torch.no_grad():
                 cache.clear()
                 clock((name, "episode"), lambda: model.eval().step(cache, past))
@@ -1155,7 +1161,7 @@ def figures(runs, out="figures"):
         new = read_csv(path / "result.csv" if path in folders else path)
         rows += [row for row in new if row not in rows]
     for row in rows:
-        if "log_test_score" not in row:
+        if not set(LISTS) <= set(row):
             raise BadInput(f"{' '.join(map(str, runs))}: not all are runs' folders or files that --figures wrote")
         row |= {k: np.array(row[k].split(), dtype=float) for k in LISTS}
         groups.setdefault((row["env"], row["variant"]), []).append(row)
@@ -1164,9 +1170,11 @@ def figures(runs, out="figures"):
             a, b = (r["command"].replace(f" --seed {r['seed']}", "") for r in (members[0], row))
             if a != b:
                 raise BadInput(f"no seeds of one agent, give them separately: {a!r} and {b!r}")
+        if len({row["seed"] for row in members}) < len(members):
+            raise BadInput(f"two runs of one seed, give one of them: {members[0]['command']!r}")
     lines = [
-        "| environment | agent | seeds | episode 1 | episode 2 | episodes 2 to last | last episode | context hidden | "
-        "another task's context |",
+        "| environment | agent | seeds | episode 1 | episode 2 | episodes 2 to last | last episode | "
+        "2 to last, context hidden | 2 to last, another task's context |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for (env, variant), members in groups.items():
@@ -1178,7 +1186,8 @@ def figures(runs, out="figures"):
     for (env, variant), members in groups.items():  # against the dense baseline, seed by seed
         where = re.search(r"moe_layers=[\w,]*\w", variant)
         baseline = members[0]["mode"].upper() + (f" ({where[0]})" if where else "")
-        dense = {r["seed"]: r["score_of_task"] for r in groups.get((env, baseline), [])}
+        peers = [r for r in groups.get((env, baseline), []) if r["steps"] == members[0]["steps"]]
+        dense = {r["seed"]: r["score_of_task"] for r in peers}
         pairs = [r["score_of_task"] - dense[r["seed"]] for r in members if r["seed"] in dense]
         if "T2MIR" in variant and pairs:
             of_seed, of_task = np.mean(pairs, axis=1), np.mean(pairs, axis=0)
@@ -1189,7 +1198,7 @@ def figures(runs, out="figures"):
     print("\n".join(lines))
     out, text = Path(out), io.StringIO(f"# python t2mir.py --figures {' '.join(map(str, runs))}\n")
     text.seek(0, io.SEEK_END)
-    cells = [[" ".join(f"{x:.6g}" for x in row[k]) if k in LISTS else row[k] for k in row] for row in rows]
+    cells = [[" ".join(f"{x:.6g}" for x in row[k]) if k in LISTS else row[k] for k in rows[0]] for row in rows]
     csv.writer(text, lineterminator="\n").writerows([list(rows[0]), *cells])
     write_atomically(out / "results.csv", lambda file: file.write(text.getvalue().encode()))
     write_atomically(out / "results.md", lambda file: file.write(("\n".join(lines) + "\n").encode()))
@@ -1240,7 +1249,8 @@ def routing(model, data, tasks, episodes):
         for name, m in (("token", moe.token_moe), ("task", moe.task_moe))
         if m is not None
     ]
-    at = np.linspace(0, data["rewards"].shape[1] - 1, episodes).astype(int)
+    own = np.flatnonzero(~data["guest"] | (model.config.mode == "dpt"))
+    at = own[np.linspace(0, len(own) - 1, episodes).astype(int)]
     device, times = model.state_mean.device, np.arange(0, model.horizon, model.config.stride)
     keys = ("states", "actions", "rewards")
     parts = (torch.as_tensor(data[k][tasks][:, at][:, :, times], device=device).flatten(0, 1) for k in keys)
@@ -1283,16 +1293,21 @@ def plot_routing(folder, data, out, episodes=10):
     left.set(title="token-wise router", xticks=[], yticks=[])
     chosen = torch.zeros_like(token).scatter(2, token.topk(k, dim=2).indices, 1) / k  # (n, 3 S or 4 S, K1)
     shares = torch.stack([chosen[:, kind == i].mean((0, 1)) for i in range(len(kinds))])
-    second.imshow(shares, vmin=0, vmax=0.5, cmap="Blues", aspect="auto")
+    second.imshow(shares, vmin=0, vmax=1 / k, cmap="Blues", aspect="auto")
     for (i, j), share in np.ndenumerate(shares.numpy()):
         second.text(j, i, f"{share:.0%}", ha="center", va="center", fontsize=8)
     second.set(title="share of the kind's choices", xlabel="expert", yticks=range(len(kinds)), yticklabels=kinds)
     task = task[:, : 3 * S]
     points = TSNE(random_state=0, perplexity=20).fit_transform(task[:, -1].numpy())
-    value = data["tasks"][tasks]
-    value = np.arctan2(value[:, 1], value[:, 0]) if model.config.env == "point_robot" else value[:, 0]
-    colors = third.scatter(*points.T, c=np.repeat(value, episodes), cmap="hsv" if value.min() < 0 else "viridis", s=10)
-    fig.colorbar(colors, ax=third, label="direction of the goal" if value.min() < 0 else "task parameter")
+    x, y, env = data["tasks"][tasks, 0], data["tasks"][tasks, -1], model.config.env
+    value, label = {
+        "point_robot": (np.arctan2(y, x), "direction of the goal"),
+        "cheetah_vel": (x, "target velocity"),
+        "walker_param": (data["expert_return"][tasks], "expert's return"),
+    }[env]
+    cmap = "hsv" if env == "point_robot" else "viridis"
+    colors = third.scatter(*points.T, c=np.repeat(value, episodes), cmap=cmap, s=10)
+    fig.colorbar(colors, ax=third, label=label)
     third.set(title="task-wise router, after a whole episode", xticks=[], yticks=[])
     chosen = torch.zeros_like(task).scatter(2, task.topk(k, dim=2).indices, 1)  # (n, 3 S, K2)
     agreement = (chosen * chosen[:, -1:]).sum(2)[:, 2::3] / k  # (n, S), after each step

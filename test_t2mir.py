@@ -351,7 +351,11 @@ def test_dataset_holds_what_it_says(name, folder):
     info = data.pop("info")
     assert {key: (array.shape, array.dtype.type) for key, array in data.items()} == expected
     assert all(np.isfinite(array).all() for array in data.values())
-    assert data["guest"].tolist() == [False] * 7 + [True] if name == "point_robot" else not data["guest"].any()
+    assert (
+        data["guest"].tolist() == [False] * 5 + [True, False, True]
+        if name == "point_robot"
+        else not data["guest"].any()
+    )
     assert data["test"].sum() == test and len(np.unique(data["tasks"], axis=0)) == N  # no task on both sides
     np.testing.assert_array_equal(data["tasks"], sample_tasks(name, N, seed=3))
     assert info["settings"]["env"] == name and info["settings"]["seed"] == 3 and info["versions"]["torch"]
@@ -756,15 +760,17 @@ CONTEXTS = [("ad", "sorted", 1), ("ad", "chronological", 3), ("dpt", "sorted", 1
 def test_batches(mode, history, stride, folder):
     """Two sequences of each of batch / 2 distinct training tasks; order of AD's episodes, DPT's labels and prefixes.
 
-    Of a finished episode every stride-th step is there, of AD's last one every step.
+    Of a finished episode every stride-th step is there, of AD's last one every step, behind two finished ones; with
+    a stride behind two, one and none in turn.
     """
     data = load(f"{folder}/point_robot.npz")
     kept = ~data["guest"] if mode == "ad" else slice(None)
     parts = [data[key][~data["test"]][:, kept] for key in ("states", "actions", "rewards", "expert_actions")]
     batches = Batches(tiny(mode, history=history, queries=40, stride=stride), data)
-    kept = [slice(0, None, stride)] * 2 + [slice(None)] if mode == "ad" else [slice(0, None, stride)]
     prefixes, prompts, tasks_seen = set(), set(), set()
-    for _ in range(12):
+    for i in range(12):
+        finished = [slice(0, None, stride)] * (1 if mode == "dpt" else 2 if stride == 1 else 2 - i % 3)
+        kept = finished + [slice(None)] * (mode == "ad")
         batch = {key: value.numpy() for key, value in batches.next().items()}
         ids, counts = np.unique(batch["task_ids"], return_counts=True)
         assert len(ids) == 4 and (counts == 2).all()
@@ -784,7 +790,7 @@ def test_batches(mode, history, stride, folder):
             assert start == batch["states"].shape[1]
             prompts |= set(places)
             if mode == "ad":
-                assert len(set(places)) == 3
+                assert len(set(places)) == len(kept)
                 key = (lambda p: rewards[p].sum()) if history == "sorted" else int
                 assert places == sorted(places, key=key)
             else:
@@ -1067,6 +1073,7 @@ TRAIN = """
 --history nope | --history 'nope'
 --task_router nope | --task_router 'nope'
 --stride 0 | --stride 0
+--eval_episodes 1 | --eval_episodes 1
 --d_model 24 | --d_model 24
 --dtype nope | --dtype 'nope'
 --device nope | --device nope
