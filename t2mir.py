@@ -560,21 +560,25 @@ class T2MIR(nn.Module):
         n = x.shape[1]  # tokens in the context, three for each of S steps
         if self.config.mode == "ad":
             # AD: a context of K episodes, ordered by `history`; the action that the learning agent took at each step is
-            # predicted at the step's state token.
+            # predicted at the step's state token. A guest is not the agent that learns, so what it did is seen, but not
+            # to be imitated. Were there no guests, an agent's gait would give away its task, and the rewards would not
+            # be looked at; but what the trained agent has in its context is its own gait.
             x, means, balance = self.trunk(x, read=slice(0, None, 3))
+            learn = batch["own"][..., None] / batch["own"].float().mean()
             predicted, wanted = self.act(x), actions  # (B, S, act_dim)
         else:
             # DPT: one episode as prompt, then the queries. They come last, so that the prompt cannot see them: one
             # prompt serves them all, and when acting its cached keys and values stay valid whatever is asked.
             queries = self.state_tokens(batch["queries"], self.horizon)
             x, means, balance = self.trunk(torch.cat([x, queries], dim=1), batch["prefix"], read=slice(n, None))
-            predicted, wanted = self.act(x), batch["labels"]  # (B, Q, act_dim)
+            predicted, wanted, learn = self.act(x), batch["labels"], 1  # (B, Q, act_dim)
         zero = predicted.new_zeros((), dtype=torch.float32)
         contrastive = zero
         if not self.config.no_contrastive:
             for moe, h_mean in zip(self.task_moes, means):  # z is read where the whole context has been seen
                 contrastive = contrastive + moe.contrast(h_mean[:, n - 1], batch["task_ids"])
-        return {"action": F.mse_loss(predicted.float(), wanted), "balance": balance + zero, "contrastive": contrastive}
+        action = ((predicted.float() - wanted).square() * learn).mean()
+        return {"action": action, "balance": balance + zero, "contrastive": contrastive}
 
     def step(self, cache, x, keep=True):
         """One cached step: tokens x (B, L, d_model) behind those in `cache` -> action (B, act_dim) of the last token.
@@ -639,19 +643,18 @@ class Batches:
         train = ~data["test"]
         if c.batch // 2 > train.sum():
             raise BadInput(f"--batch {c.batch} needs {c.batch // 2} training tasks, the dataset has {train.sum()}")
-        # AD distills how an agent learns, so it has the agent's own episodes; DPT's prompts may be anybody's.
-        kept = ~data["guest"] if c.mode == "ad" else slice(None)
+        if c.mode == "ad" and c.context > (E := data["rewards"].shape[1]):
+            raise BadInput(f"--context {c.context} is more than the dataset's {E} episodes a task")
         rank, processes = this_process()
         if c.batch % processes:
             raise BadInput(f"--batch {c.batch} must be a multiple of the {processes} processes")
         self.c, self.mine = c, slice(rank, None, processes)  # all processes draw the batch, each looks up its rows
         self.rng = torch.Generator(c.device).manual_seed(c.seed)
         keys = ("states", "actions", "rewards", "expert_actions")
-        tensors = (torch.as_tensor(data[key][train][:, kept], device=c.device) for key in keys)
+        tensors = (torch.as_tensor(data[key][train], device=c.device) for key in keys)
         self.states, self.actions, self.rewards, self.labels = tensors  # (tasks, E, T, ...)
-        if c.mode == "ad" and c.context > (E := self.rewards.shape[1]):
-            raise BadInput(f"--context {c.context} is more than the dataset's {E} episodes a task")
         self.by_return = self.rewards.sum(-1).argsort(dim=1, stable=True)  # (tasks, E) episodes, worst to best
+        self.own = torch.as_tensor(~data["guest"], device=c.device)  # (E,)
         self.which, self.times = (x.to(c.device) for x in c.context_steps)
         self.drawn = self.tokens = 0  # batches so far, and the tokens in them
 
@@ -659,8 +662,9 @@ class Batches:
         return torch.randint(below, shape, generator=self.rng, device=self.c.device)
 
     def next(self):
-        """Draws a batch, a dict of a context's states, actions, rewards (B, S, ...), its times (S,), and task_ids (B,).
+        """Draws a batch: a dict of a context's states, actions, rewards (B, S, ...), its times (S,), and task_ids (B,).
 
+        own (B, S) says which of its steps were acted by the task's own agent, not by a guest.
         DPT adds queries (B, Q, obs_dim), labels (B, Q, act_dim), and how many prompt tokens each sees, prefix (B, Q).
         """
         c, (num_tasks, E, T), start = self.c, self.rewards.shape, 0
@@ -679,7 +683,7 @@ class Batches:
         task, times = task[self.mine], self.times[start:]
         at = task[:, None], episode[self.mine][:, self.which[start:]], times
         batch = {"states": self.states[at], "actions": self.actions[at], "rewards": self.rewards[at]}
-        batch |= {"times": times, "task_ids": task}
+        batch |= {"times": times, "task_ids": task, "own": self.own[at[1]]}
         self.drawn += 1
         self.tokens += c.batch * (3 * len(times) + (c.queries if c.mode == "dpt" else 0))
         if c.mode == "dpt":
@@ -1205,7 +1209,7 @@ def figures(runs, out="figures"):
 
     # Fig. 3 of the paper (test return against training step), and the same agents' returns against episode in context.
     for env in dict.fromkeys(env for env, _ in groups):
-        fig = Figure(figsize=(9, 3.4))
+        fig, of_env = Figure(figsize=(9, 3.4)), [row for row in rows if row["env"] == env]
         left, right = fig.subplots(1, 2)
         for color, ((_, variant), members) in enumerate((k, v) for k, v in groups.items() if k[0] == env):
             log, returns = (np.array([row[k] for row in members]) for k in ("log_test_return", "return"))
@@ -1216,7 +1220,7 @@ def figures(runs, out="figures"):
                 ax.fill_between(x, y.mean(0) - error, y.mean(0) + error, color=f"C{color}", alpha=0.2, lw=0)
         for ax in (left, right):
             for name, style in (("expert", "--"), ("random", ":")):
-                ax.axhline(float(members[0][name]), color="k", ls=style, lw=1, label=name)
+                ax.axhline(float(of_env[0][name]), color="k", ls=style, lw=1, label=name)
         left.set(xlabel="training step", ylabel="test return, last episode", title=env)
         right.set(xlabel="episode in context", ylabel="test return", title="unseen tasks, last checkpoint")
         right.legend(fontsize=7)
@@ -1249,8 +1253,7 @@ def routing(model, data, tasks, episodes):
         for name, m in (("token", moe.token_moe), ("task", moe.task_moe))
         if m is not None
     ]
-    own = np.flatnonzero(~data["guest"] | (model.config.mode == "dpt"))
-    at = own[np.linspace(0, len(own) - 1, episodes).astype(int)]
+    at = np.linspace(0, data["rewards"].shape[1] - 1, episodes).astype(int)
     device, times = model.state_mean.device, np.arange(0, model.horizon, model.config.stride)
     keys = ("states", "actions", "rewards")
     parts = (torch.as_tensor(data[k][tasks][:, at][:, :, times], device=device).flatten(0, 1) for k in keys)

@@ -764,8 +764,7 @@ def test_batches(mode, history, stride, folder):
     a stride behind two, one and none in turn.
     """
     data = load(f"{folder}/point_robot.npz")
-    kept = ~data["guest"] if mode == "ad" else slice(None)
-    parts = [data[key][~data["test"]][:, kept] for key in ("states", "actions", "rewards", "expert_actions")]
+    parts = [data[key][~data["test"]] for key in ("states", "actions", "rewards", "expert_actions")]
     batches = Batches(tiny(mode, history=history, queries=40, stride=stride), data)
     prefixes, prompts, tasks_seen = set(), set(), set()
     for i in range(12):
@@ -785,6 +784,7 @@ def test_batches(mode, history, stride, folder):
                 np.testing.assert_array_equal(actions[place, keep], batch["actions"][b, own])
                 np.testing.assert_array_equal(rewards[place, keep], batch["rewards"][b, own])
                 np.testing.assert_array_equal(range(20)[keep], batch["times"][own])
+                assert (batch["own"][b, own] != data["guest"][place]).all()
                 places.append(place)
                 start = own.stop
             assert start == batch["states"].shape[1]
@@ -812,8 +812,10 @@ def test_action_loss_equals_one_pass_for_each_prediction(mode, folder):
     s, a, r = (batch[key] for key in ("states", "actions", "rewards"))
     x, errors = model.tokens(s, a, r, torch.arange(s.shape[1]) % 20), []
     if mode == "ad":
+        assert 0 < batch["own"].sum() < batch["own"].numel()  # guests' actions are no targets
         for t in range(s.shape[1]):
-            errors.append(model.act(model.trunk(x[:, : 3 * t + 1])[0][:, -1]) - a[:, t])
+            predicted = model.act(model.trunk(x[:, : 3 * t + 1])[0][:, -1])
+            errors += (predicted - a[:, t])[batch["own"][:, t]]
     else:
         for b, q in np.ndindex(4, 6):
             query = model.state_tokens(batch["queries"][b : b + 1, q : q + 1], 20)
@@ -1039,6 +1041,10 @@ def test_figures_say_what_the_runs_did(folder, tmp_path, capsys):
     (difference,) = (line for line in said.splitlines() if "minus" in line)
     mean, error = (float(x) for x in re.search(r": (\S+) ± (\S+) over 2 seeds", difference).groups())
     assert mean == pytest.approx((d0 + d1) / 2, abs=2e-3) and error == pytest.approx(abs(d0 - d1) / 2, abs=2e-3)
+    text = (runs[0] / "result.csv").read_text()
+    (tmp_path / "again.csv").write_text(text.replace(",0,4,", ",0,4,another-commit-"))
+    with pytest.raises(BadInput, match="two runs of one seed"):
+        t2mir.figures([runs[0] / "result.csv", tmp_path / "again.csv"], tmp_path / "three")
     with pytest.raises(BadInput, match="no seeds of one agent"):
         t2mir.train(
             tiny("dpt", steps=2, no_token_moe=True, moe_layers="last", name="c", data=folder, runs=str(tmp_path))
