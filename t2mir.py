@@ -564,7 +564,7 @@ class T2MIR(nn.Module):
             # to be imitated. Were there no guests, an agent's gait would give away its task, and the rewards would not
             # be looked at; but what the trained agent has in its context is its own gait.
             x, means, balance = self.trunk(x, read=slice(0, None, 3))
-            learn = batch["own"][..., None] / batch["own"].float().mean()
+            learn = batch["own"][..., None] / of_all(batch["own"].float().mean()[None]).mean()
             predicted, wanted = self.act(x), actions  # (B, S, act_dim)
         else:
             # DPT: one episode as prompt, then the queries. They come last, so that the prompt cannot see them: one
@@ -1155,7 +1155,8 @@ def figures(runs, out="figures"):
     """Compares finished runs, each with its last state: a Markdown table, results.csv and pictures in folder `out`.
 
     `runs` are runs' folders, or results.csv files that this wrote before. The table has mean ± standard error over the
-    runs (seeds) of a variant. What the routers do and how gradients conflict is drawn of runs whose folders are given.
+    runs (seeds) of a variant; ablations are in it, but not in the pictures of returns. What the routers do and how
+    gradients conflict is drawn of runs whose folders are given.
     """
     from matplotlib.figure import Figure
 
@@ -1211,7 +1212,9 @@ def figures(runs, out="figures"):
     for env in dict.fromkeys(env for env, _ in groups):
         fig, of_env = Figure(figsize=(9, 3.4)), [row for row in rows if row["env"] == env]
         left, right = fig.subplots(1, 2)
-        for color, ((_, variant), members) in enumerate((k, v) for k, v in groups.items() if k[0] == env):
+        here = {variant: members for (e, variant), members in groups.items() if e == env}
+        shown = {variant: members for variant, members in here.items() if "(" not in variant} or here  # no ablations
+        for color, (variant, members) in enumerate(shown.items()):
             log, returns = (np.array([row[k] for row in members]) for k in ("log_test_return", "return"))
             episodes = np.arange(1, returns.shape[1] + 1)
             for ax, x, y in ((left, members[0]["log_step"], log), (right, episodes, returns)):

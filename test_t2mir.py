@@ -1174,7 +1174,7 @@ def test_help_has_every_flag_with_its_default(capsys):
 
 def test_a_loss_that_is_no_number_stops_the_run(folder, tmp_path):
     """Within the next look at the loss, long before the next evaluation, and the last checkpoint stays finite."""
-    given = dict(data=folder, runs=str(tmp_path), steps=500, eval_every=60, eval_episodes=1, name="run", warmup=100)
+    given = dict(data=folder, runs=str(tmp_path), steps=500, eval_every=60, eval_episodes=2, name="run", warmup=100)
     with pytest.raises(FloatingPointError, match=r"between steps \d+ and \d+: .*ckpt.pt, if there is one"):
         t2mir.train(tiny("dpt", lr=1e22, **given))
     assert not (tmp_path / "run" / "ckpt.pt").exists()
@@ -1247,7 +1247,7 @@ def test_two_processes_follow_one(folder, tmp_path):
     """torchrun with half the batch each logs what one process does with all of it, for 20 steps, in both modes: the
     balance loss and InfoNCE's negatives are of the whole batch."""
     (tmp_path / "several.py").write_text(SEVERAL)
-    flags = "--steps 20 --eval_every 1 --eval_episodes 1 --batch 8 --queries 5 --context 3 --d_model 16 --n_heads 2 "
+    flags = "--steps 20 --eval_every 1 --eval_episodes 2 --batch 8 --queries 5 --context 3 --d_model 16 --n_heads 2 "
     flags += "--n_layers 2 --moe_layers all --token_experts 4 --task_experts 4 --warmup 2 --dropout 0"
     flags = [*flags.split(), "--data", folder, "--runs", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}

@@ -25,7 +25,7 @@ import collect  # noqa: E402
 import t2mir  # noqa: E402
 
 KILLS, EVERY = 20, 20
-TINY = f"--steps 120 --eval_every {EVERY} --eval_episodes 1 --batch 8 --queries 5 --dropout 0.1 --data data"
+TINY = f"--steps 120 --eval_every {EVERY} --eval_episodes 2 --batch 8 --queries 5 --dropout 0.1 --data data"
 SMALL = dict(steps=600, random_steps=200, episodes=20, train_tasks=6, test_tasks=2)
 
 
