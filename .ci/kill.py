@@ -65,11 +65,11 @@ def ended(pid):
 
 
 def log(name, file="log.csv"):
-    """Rows of a CSV file without what depends on the clock."""
+    """Rows of a CSV file without what depends on the clock or on a commit made meanwhile."""
     path, rows = Path(f"runs/{name}/{file}"), []
     if path.exists():
         rows = list(csv.DictReader(open(path)))
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "seconds")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "seconds", "commit")} for row in rows]
 
 
 def check_run(name):
