@@ -95,7 +95,7 @@ class Config:
     eval_episodes: int = flag(10, "episodes that a test task is acted in, in one context")
     seed: int = flag(0, "random seed of training (the data has its own)", group="system")
     device: str = flag("cpu", "cpu, cuda or mps")
-    dtype: str = flag("float32", "float32, bfloat16 for autocast (routers stay in float32), or auto: what is faster")
+    dtype: str = flag("float32", "float32, bfloat16 for autocast (routers stay in float32), or auto: by processor")
     compile: bool = flag(False, "torch.compile the training step, after two minutes' wait; on a CPU it was no faster")
     data: str = flag("data", "folder of the datasets")
     runs: str = flag("runs", "folder of the runs")
@@ -271,7 +271,7 @@ class Experts(nn.Module):
 
     Tokens are sorted by expert, so that each expert multiplies only the tokens that chose it. Forward and backward of
     7,680 tokens on one core (d 128, 6 experts 256 wide, top 2): 76 ms, and 392 ms where every expert computes every
-    token. The counts stay on the device, so a GPU does not wait. float32 and bfloat16 only: F.grouped_mm has no other.
+    token. Nothing is counted on the host. float32 and bfloat16 only: F.grouped_mm has no other.
     """
 
     def __init__(self, num, d_in, hidden, d_out):
@@ -561,8 +561,8 @@ class T2MIR(nn.Module):
         if self.config.mode == "ad":
             # AD: a context of K episodes, ordered by `history`; the action that the learning agent took at each step is
             # predicted at the step's state token. A guest is not the agent that learns, so what it did is seen, but not
-            # to be imitated. Were there no guests, an agent's gait would give away its task, and the rewards would not
-            # be looked at; but what the trained agent has in its context is its own gait.
+            # imitated. Without guests an agent's gait gives away its task, so that rewards, we think, would be looked
+            # at less; and the gait in the trained agent's context is its own.
             x, means, balance = self.trunk(x, read=slice(0, None, 3))
             learn = batch["own"][..., None] / of_all(batch["own"].float().mean()[None]).mean()
             predicted, wanted = self.act(x), actions  # (B, S, act_dim)
