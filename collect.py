@@ -14,7 +14,8 @@ set of kernels (`torch.baddbmm`) and nothing loops over tasks. It writes, with N
     expert_actions  (N, E, T, act_dim)       what the final agent, without noise, would have done in `states`
     random_return   (N,) float64             mean return of uniformly random actions
     expert_return   (N,) float64             mean return of the final agent without noise: the oracle
-    curve           (N, rounds)              return of the first copy, by round: random first, then without noise
+    curve           (N, rounds)              return of the first copy, by round: random first, then without noise (of
+                                             fewer than 3 copies the first has noise too)
     info            JSON string              format, environment, settings, library versions
 
 (float32 where nothing is said) and `data/ENV.png`, the learning curves. While it runs, `data/ENV.part/` holds what it
@@ -355,7 +356,7 @@ class Collection:
         # cheetah never runs by itself, so nothing else shows its agent how to slow down, nor an in-context agent what
         # running is worth where it is wrong. SAC learns from any of it.
         self.hold = 2 ** torch.arange(s.copies, device=self.device)[:, None]
-        self.boldness = (torch.arange(s.copies, device=self.device)[:, None] > 0) | (s.copies == 1)  # one copy draws
+        self.boldness = (torch.arange(s.copies, device=self.device)[:, None] > 0) | (s.copies < 3)  # some must draw
 
     def live(self):
         """One round: T steps of every copy and, once the random steps are over, an update of every agent at each."""

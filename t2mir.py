@@ -22,7 +22,6 @@ import json
 import math
 import os
 import pickle
-import re
 import resource
 import shutil
 import signal
@@ -102,24 +101,26 @@ class Config:
     name: str = flag("", "the run's folder in --runs; by default made from env, mode, variant and seed")
 
     @property
-    def variant(self):
-        """The agent's name in tables and figures: T2MIR-DPT, DPT, T2MIR-AD (no_balance), ..."""
-        dense = self.no_token_moe and self.no_task_moe
-        off = [f"moe_layers={self.moe_layers}"] * (self.moe_layers != Config.moe_layers)
-        if not dense:
-            off += [f"task_router={self.task_router}"] * (self.task_router != Config.task_router)
-            off += [f.name for f in dataclasses.fields(self) if f.name.startswith("no_") and getattr(self, f.name)]
-        return "T2MIR-" * (not dense) + self.mode.upper() + f" ({', '.join(off)})" * bool(off)
+    def changed(self):
+        """The fields that differ from the preset, name -> value, but for where things are."""
+        preset = Config(**{"env": self.env, "mode": self.mode, **PRESETS[self.env, self.mode]})
+        ours, theirs = dataclasses.asdict(self), dataclasses.asdict(preset)
+        return {k: v for k, v in ours.items() if v != theirs[k] and k not in ("data", "runs", "name")}
 
     @property
     def command(self):
-        """What to type for this run: the flags that differ from the preset, but for where things are."""
-        preset, command = Config(**{"env": self.env, "mode": self.mode, **PRESETS[self.env, self.mode]}), []
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if f.name in ("env", "mode") or value != getattr(preset, f.name) and f.name not in ("data", "runs", "name"):
-                command.append(f"--{f.name}" if f.type is bool else f"--{f.name} {value}")
-        return " ".join(["python t2mir.py", *command])
+        """What to type for this run."""
+        flags = [f"--{k}" if v is True else f"--{k} {v}" for k, v in self.changed.items()]
+        return " ".join([f"python t2mir.py --env {self.env} --mode {self.mode}", *flags])
+
+    @property
+    def variant(self):
+        """The agent's name in tables and figures, made of what bears on its results: T2MIR-DPT, DPT (lr=0.0001), ..."""
+        dense = self.no_token_moe and self.no_task_moe
+        free = ("seed", "device", "compile", "eval_every")
+        free += ("dtype",) * ("dtype" in PRESETS[self.env, self.mode])  # that preset lets the processor choose
+        settings = [k if v is True else f"{k}={v}" for k, v in self.changed.items() if k not in free]
+        return named("T2MIR-" * (not dense) + self.mode.upper(), settings, dense)
 
     @property
     def moe_blocks(self):
@@ -137,6 +138,13 @@ class Config:
             return torch.zeros_like(finished), finished
         times = [finished] * (self.context - 1) + [torch.arange(T)]
         return torch.cat([torch.full_like(t, i) for i, t in enumerate(times)]), torch.cat(times)
+
+
+def named(agent, settings, dense):
+    """`agent (settings)`; a dense baseline has none of those that only a MoE has."""
+    only_moe = ("token_experts", "task_experts", "top_k", "w_", "momentum", "no_", "task_router")
+    settings = [s for s in settings if s and not (dense and s.startswith(only_moe))]
+    return agent + f" ({', '.join(settings)})" * bool(settings)
 
 
 # All sizes are a laptop's. The paper's: d_model 128 (AD on MuJoCo 256), 8 heads (DPT on MuJoCo 4), stride 1, batch 32
@@ -307,7 +315,7 @@ class TokenMoE(nn.Module):
         super().__init__()
         self.top_k, self.w_imp, self.w_load = top_k, w_imp, w_load
         self.router = nn.Linear(d_model, num_experts, bias=False)
-        self.noise = nn.Linear(d_model, num_experts, bias=False)  # W_noise
+        self.W_noise = nn.Linear(d_model, num_experts, bias=False)
         self.experts = Experts(num_experts, d_model, hidden, d_out)
 
     def forward(self, h, read=slice(None)):
@@ -319,7 +327,7 @@ class TokenMoE(nn.Module):
                 # Noisy top-k routing: sometimes a token tries an expert that it would not choose, and that could
                 # otherwise never show what it can do; and the load below becomes a probability, which has a gradient
                 # (a count has none).
-                sigma = F.softplus(self.noise(exact)) + 1e-2  # the constant keeps the division in the load finite
+                sigma = F.softplus(self.W_noise(exact)) + 1e-2  # the constant keeps the division in the load finite
                 noisy = clean + torch.randn_like(clean) * sigma
             # (1) Token-wise MoE: y_tok = sum_i w_tok(i; h) E_i(h), w_tok = softmax(topk(G_tok(h))), G_tok(h) the noisy
             # logits. The weights are made here; the sum over experts is in `Experts`.
@@ -336,17 +344,19 @@ class TokenMoE(nn.Module):
 
 
 class TaskMoE(nn.Module):
-    """Task-wise mixture of experts, equation (3); its router sees the mean of the tokens so far and adds no noise.
+    """Task-wise mixture of experts, equation (3); its router sees the mean of the tokens so far.
 
-    That is `--task_router prefix`. To compare: `token` routes each token by itself, `sequence` by the mean of the whole
-    context in training, the future included, and of what there is when acting (this is the release's).
+    It adds no noise: it has no balance loss, which noise is for, and InfoNCE trains it whatever it chooses.
+
+    The mean so far is `--task_router prefix`. To compare: `token` routes each token by itself, `sequence` by the mean
+    of the whole context in training, the future included, and of what there is when acting (this is the release's).
     """
 
     def __init__(self, d_model, d_out, hidden, num_experts, top_k, momentum=0.005):
         super().__init__()
         self.top_k, self.momentum = top_k, momentum
         self.router = nn.Linear(d_model, num_experts, bias=False)
-        self.key_router = nn.Linear(d_model, num_experts, bias=False).requires_grad_(False)  # momentum copy
+        self.key_router = nn.Linear(d_model, num_experts, bias=False).requires_grad_(False)  # lags: steadier keys
         self.key_router.load_state_dict(self.router.state_dict())
         self.W = nn.Parameter(torch.eye(num_experts))  # bilinear score of InfoNCE
         self.experts = Experts(num_experts, d_model, hidden, d_out)
@@ -564,7 +574,8 @@ class T2MIR(nn.Module):
             # imitated. Without guests an agent's gait gives away its task, so that rewards, we think, would be looked
             # at less; and the gait in the trained agent's context is its own.
             x, means, balance = self.trunk(x, read=slice(0, None, 3))
-            learn = batch["own"][..., None] / of_all(batch["own"].float().mean()[None]).mean()
+            share = of_all(batch["own"].float().mean()[None]).mean()
+            learn = batch["own"][..., None] / share.clamp_min(1e-6)  # a small batch can be guests' alone
             predicted, wanted = self.act(x), actions  # (B, S, act_dim)
         else:
             # DPT: one episode as prompt, then the queries. They come last, so that the prompt cannot see them: one
@@ -675,7 +686,8 @@ class Batches:
             place = shuffled[:, : c.context].sort(dim=1).values  # (B, K)
             episode = place if c.history == "chronological" else self.by_return[task[:, None], place]
             # When acting, the running episode, which is whole, follows 0 to K - 1 finished ones. Without a stride the
-            # beginnings of one context are all of these; with one, the batches have as many in turn.
+            # beginnings of one context are all of these, the worst episode with nothing before it. With one, batches
+            # have as many in turn, and the running episode is always the last of the K.
             if c.stride > 1:
                 start = self.drawn % c.context * len(range(0, T, c.stride))
         else:
@@ -759,7 +771,7 @@ def evaluate(model, tasks, episodes, seed=0, context="own"):
             observed, rewards, *_ = env.step(actions.float().cpu().numpy())
             rewards = torch.as_tensor(rewards, dtype=torch.float32, device=device)
             steps.append((states, actions, rewards))
-            if c.mode == "ad" or episode == 0 and context != "hidden" and t % c.stride == 0:
+            if c.mode == "ad" or (episode == 0 and context != "hidden" and t % c.stride == 0):
                 triple = model.tokens(states[:, None], actions[:, None], rewards[:, None], t)
                 if c.mode == "ad":
                     waiting = triple[:, 1:]
@@ -879,7 +891,7 @@ def train(c, resume=None):
     rank, processes = this_process()
     code, data = commit(), open_dataset(c)
     default = "-".join([c.env, *c.variant.replace("T2MIR-", "t2mir_").split(), f"seed{c.seed}"]).lower()
-    folder = Path(c.runs) / (c.name or default.translate(str.maketrans("", "", "(),")))
+    folder = Path(c.runs) / (c.name or default.translate(str.maketrans("", "", "()")).replace(",-", "-"))
     if resume is None and (folder / "ckpt.pt").exists():
         raise BadInput(f"{folder} holds a run: go on with --resume {folder}, take another --name, or delete it")
     torch.manual_seed(c.seed)
@@ -909,17 +921,7 @@ def train(c, resume=None):
     if rank == 0:
         config = json.dumps(dataclasses.asdict(c), indent=1).encode()
         write_atomically(folder / "config.json", lambda f: f.write(config))
-    columns = [
-        "step",
-        "loss",
-        "action",
-        "balance",
-        "contrastive",
-        "test_return",
-        "test_score",
-        "tokens_per_s",
-        "seconds",
-    ]
+    columns = "step loss action balance contrastive test_return test_score tokens_per_s seconds".split()
     rows = []
     if (folder / "log.csv").exists():
         with open(folder / "log.csv", newline="") as file:
@@ -1038,7 +1040,7 @@ def bench(c, num_tasks=15):
     """
     T, obs_dim, act_dim = ENVS[c.env].horizon, ENVS[c.env].obs_dim, ENVS[c.env].act_dim
     tokens = 3 * len(c.context_steps[1])  # of a context
-    memory, step_tokens = (tokens - 3 * T, 3) if c.mode == "ad" else (tokens, 1)
+    memory, step_tokens = (max(1, tokens - 3 * T), 3) if c.mode == "ad" else (tokens, 1)
     tokens = c.batch * (tokens + (c.queries if c.mode == "dpt" else 0))
     widths = {"states": (obs_dim,), "actions": (act_dim,), "expert_actions": (act_dim,), "rewards": ()}
     data = {k: np.random.default_rng(0).normal(size=(45, 8, T, *w)).astype(np.float32) for k, w in widths.items()}
@@ -1076,14 +1078,12 @@ def bench(c, num_tasks=15):
     print(f"    floor: {flops_of_step(c) / 1e9:,.0f} GFLOP a step, and the machine makes {rate / 1e9:,.0f} GFLOP/s")
     for name in agents:
         train, episode, act = (t[name, what] for what in ("train", "episode", "act"))
+        floor = flops_of_step(c) / rate / train
         print(
-            f"    {name:5} trains {tokens / train:9,.0f} tokens/s ({1e3 * train:,.0f} ms a step, the floor is ", end=""
+            f"    {name:5} trains {tokens / train:9,.0f} tokens/s ({1e3 * train:,.0f} ms a step, the floor is "
+            f"{floor:.0%} of it); acts in {num_tasks} tasks in {1e3 * act:.1f} ms a step and "
+            f"{1e3 * episode:.0f} ms to remember episodes"
         )
-        print(
-            f"{flops_of_step(c) / rate / train:.0%} of it); acts in {num_tasks} tasks in {1e3 * act:.1f} ms a step ",
-            end="",
-        )
-        print(f"and {1e3 * episode:.0f} ms to remember episodes")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     peak = torch.cuda.max_memory_allocated() if c.device.startswith("cuda") else peak
     print(f"    T2MIR's step takes {ratio:.2f} times the dense one's; most memory so far {peak / 2**30:.1f} GiB")
@@ -1139,16 +1139,7 @@ def mean_se(values):
 
 
 # The columns of result.csv that hold several numbers.
-LISTS = (
-    "return",
-    "score",
-    "score_hidden",
-    "score_other",
-    "score_of_task",
-    "log_step",
-    "log_test_return",
-    "log_test_score",
-)
+LISTS = "return score score_hidden score_other score_of_task log_step log_test_return log_test_score".split()
 
 
 def figures(runs, out="figures"):
@@ -1160,10 +1151,17 @@ def figures(runs, out="figures"):
     """
     from matplotlib.figure import Figure
 
-    folders = [Path(run) for run in runs if not str(run).endswith(".csv")]
+    unfinished = [run for run in runs if Path(run).is_dir() and not (Path(run) / "result.csv").exists()]
+    runs, folders = [run for run in runs if run not in unfinished], []
+    for run in unfinished:
+        print(f"{run} holds no finished run: left out")
+    if not runs:
+        raise BadInput("no finished run among these: name others")
     rows, groups = [], {}
     for path in map(Path, runs):
-        new = read_csv(path / "result.csv" if path in folders else path)
+        if path.suffix != ".csv":
+            folders.append(path)
+        new = read_csv(path if path.suffix == ".csv" else path / "result.csv")
         rows += [row for row in new if row not in rows]
     for row in rows:
         if not set(LISTS) <= set(row):
@@ -1189,10 +1187,9 @@ def figures(runs, out="figures"):
         lines.append(f"| {env} | {variant} | {len(members)} | " + " | ".join(map(mean_se, columns)) + " |")
     lines.append("")
     for (env, variant), members in groups.items():  # against the dense baseline, seed by seed
-        where = re.search(r"moe_layers=[\w,]*\w", variant)
-        baseline = members[0]["mode"].upper() + (f" ({where[0]})" if where else "")
-        peers = [r for r in groups.get((env, baseline), []) if r["steps"] == members[0]["steps"]]
-        dense = {r["seed"]: r["score_of_task"] for r in peers}
+        agent, _, settings = variant.removeprefix("T2MIR-").rstrip(")").partition(" (")
+        baseline = named(agent, settings.split(", "), dense=True)
+        dense = {r["seed"]: r["score_of_task"] for r in groups.get((env, baseline), [])}
         pairs = [r["score_of_task"] - dense[r["seed"]] for r in members if r["seed"] in dense]
         if "T2MIR" in variant and pairs:
             of_seed, of_task = np.mean(pairs, axis=1), np.mean(pairs, axis=0)

@@ -558,7 +558,7 @@ def test_moe_equals_a_loop_over_tokens(kind):
         moe = TokenMoE(8, 4, 8, num_experts=5, top_k=2, w_imp=3, w_load=7).double().train(kind != "token")
         router, inputs = moe.router.weight, [h]
     wanted = [x.requires_grad_() for x in inputs] + [router, moe.experts.w1, moe.experts.w2]
-    wanted += [moe.noise.weight] if kind == "token, training" else []
+    wanted += [moe.W_noise.weight] if kind == "token, training" else []
     torch.manual_seed(1)
     y, balance = (moe(h, h_mean), torch.zeros((), dtype=double)) if kind == "task" else moe(h)
     got = torch.autograd.grad((y * weight).sum() + balance, wanted)
@@ -566,7 +566,7 @@ def test_moe_equals_a_loop_over_tokens(kind):
     clean = noisy = inputs[-1] @ router.T
     if kind == "token, training":
         torch.manual_seed(1)
-        sigma = torch.log(1 + torch.exp(h @ moe.noise.weight.T)) + 1e-2
+        sigma = torch.log(1 + torch.exp(h @ moe.W_noise.weight.T)) + 1e-2
         noisy = clean + torch.randn(30, 5, dtype=double) * sigma
     gates = slow_gates(noisy, 2)
     slow_y, slow_b = slow_experts(moe.experts, h, gates), torch.zeros((), dtype=double)
@@ -607,7 +607,7 @@ def test_balance_terms_reach_the_router_each_alone():
     for weights in ((1.0, 0.0), (0.0, 1.0)):
         moe = TokenMoE(8, 4, 8, 5, 2, *weights)
         moe(torch.randn(30, 8))[1].backward()
-        assert moe.router.weight.grad.abs().max() > 1e-3 and moe.noise.weight.grad.abs().max() > 1e-4
+        assert moe.router.weight.grad.abs().max() > 1e-3 and moe.W_noise.weight.grad.abs().max() > 1e-4
         assert moe.experts.w1.grad is None
 
 
@@ -822,6 +822,8 @@ def test_action_loss_equals_one_pass_for_each_prediction(mode, folder):
             seen = torch.cat([x[b : b + 1, : batch["prefix"][b, q]], query], dim=1)
             errors.append(model.act(model.trunk(seen)[0][:, -1]) - batch["labels"][b, q])
     near(model(batch)["action"], torch.stack(errors).square().mean(), 1e-7)  # it is added up in float32
+    batch["own"][:] = False  # guests alone, as can happen in a small batch
+    assert model(batch)["action"] == 0 or mode == "dpt"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1015,6 +1017,20 @@ def test_a_command_makes_its_config():
         assert again == dataclasses.replace(c, data="data", runs="runs", name="")
 
 
+def test_variants_have_names_of_their_own():
+    """What bears on results is in the name; where a run is or how fast is not, nor a MoE's setting in a dense one."""
+    dense = dict(no_token_moe=True, no_task_moe=True)
+    for given, name in [
+        (dict(seed=3, eval_every=7, device="cpu", dtype="bfloat16", runs="x"), "T2MIR-DPT"),
+        (dict(no_balance=True), "T2MIR-DPT (no_balance)"),
+        (dict(top_k=3, stride=4), "T2MIR-DPT (top_k=3, stride=4)"),
+        (dict(**dense, top_k=3, w_con=0.1), "DPT"),
+        (dict(**dense, lr=1e-4, moe_layers="0,2"), "DPT (moe_layers=0,2, lr=0.0001)"),
+    ]:
+        assert make_config("cheetah_vel", "dpt", **given).variant == name
+    assert make_config("point_robot", "ad", dtype="bfloat16").variant == "T2MIR-AD (dtype=bfloat16)"
+
+
 def test_figures_say_what_the_runs_did(folder, tmp_path, capsys):
     """Mean, standard error and paired difference in the table are those of result.csv; results.csv makes it again."""
     runs = [
@@ -1023,8 +1039,11 @@ def test_figures_say_what_the_runs_did(folder, tmp_path, capsys):
         for dense, seed in ((False, 0), (False, 1), (True, 1), (True, 0))
     ]
     capsys.readouterr()
-    t2mir.main(["--figures", *(str(run / "result.csv") for run in runs), "--out", str(tmp_path / "one")])
-    said = capsys.readouterr().out
+    (tmp_path / "unfinished").mkdir()
+    given = [str(tmp_path / "unfinished"), *(str(run / "result.csv") for run in runs)]
+    t2mir.main(["--figures", *given, "--out", str(tmp_path / "one")])
+    left_out, said = capsys.readouterr().out.split("\n", 1)
+    assert left_out == f"{given[0]} holds no finished run: left out"
     t2mir.main(["--figures", str(tmp_path / "one" / "results.csv"), "--out", str(tmp_path / "two")])
     assert capsys.readouterr().out == said == (tmp_path / "two" / "results.md").read_text()
     assert (tmp_path / "two" / "point_robot.png").read_bytes()[:4] == b"\x89PNG"
@@ -1034,7 +1053,8 @@ def test_figures_say_what_the_runs_did(folder, tmp_path, capsys):
         return f"{(x + y) / 2:.3f} ± {abs(x - y) / 2:.3f}"  # of two, the error of the mean is half their distance
 
     table = [line.split(" | ") for line in said.splitlines() if line.startswith("| point_robot")]
-    assert [line[1:3] for line in table] == [["T2MIR-DPT (no_token_moe)", "2"], ["DPT", "2"]]
+    variants = [json.loads((run / "config.json").read_text()) for run in (runs[0], runs[2])]
+    assert [line[1:3] for line in table] == [[Config(**c).variant, "2"] for c in variants]
     assert table[0][3:6] == [both(a0[0], a1[0]), both(a0[1], a1[1]), both((a0[1] + a0[2]) / 2, (a1[1] + a1[2]) / 2)]
     assert table[1][6] == both(b0[2], b1[2])
     d0, d1 = ((a[1] + a[2] - b[1] - b[2]) / 2 for a, b in ((a0, b0), (a1, b1)))
@@ -1047,7 +1067,7 @@ def test_figures_say_what_the_runs_did(folder, tmp_path, capsys):
         t2mir.figures([runs[0] / "result.csv", tmp_path / "again.csv"], tmp_path / "three")
     with pytest.raises(BadInput, match="no seeds of one agent"):
         t2mir.train(
-            tiny("dpt", steps=2, no_token_moe=True, moe_layers="last", name="c", data=folder, runs=str(tmp_path))
+            dataclasses.replace(Config(**json.loads((runs[0] / "config.json").read_text())), eval_every=4, name="c")
         )
         t2mir.figures([runs[0] / "result.csv", tmp_path / "c" / "result.csv"], tmp_path / "three")
 
