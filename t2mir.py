@@ -263,10 +263,11 @@ class Attention(nn.Module):
         if cpu and q.dtype == torch.bfloat16:  # there the kernel is slower in bfloat16 than in float32
             q, k, v = q.float(), k.float(), v.float()
         with torch.autocast(x.device.type, enabled=not cpu and torch.is_autocast_enabled(x.device.type)):
+            first, last = q.split([n, L - n], dim=2)
             if n > 0:  # told that it is causal, the kernel skips half of the work, which a mask cannot tell it
-                parts.append(F.scaled_dot_product_attention(*(part[:, :, :n] for part in (q, k, v)), is_causal=True))
+                parts.append(F.scaled_dot_product_attention(first, k[:, :, :n], v[:, :, :n], is_causal=True))
             if n < L:
-                parts.append(F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=mask))
+                parts.append(F.scaled_dot_product_attention(last, k, v, attn_mask=mask))
         return self.out(torch.cat(parts, dim=2).transpose(1, 2).reshape(B, L, D))
 
 
