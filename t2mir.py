@@ -1072,6 +1072,14 @@ def bench(c, num_tasks=15):
                     clock((name, "act"), lambda: model.step(cache, now, keep=False))
             model.train()
         clock("product", lambda: a @ b.T)
+    model, learner, optimizer, _ = agents["T2MIR"]
+    kinds, spent = {"scaled_dot_product": "attention", "mm": "other products", "copy_": "copies and casts"}, {}
+    with torch.profiler.profile() as profiler:
+        take_step(learner, optimizer, batches, c)
+    for event in profiler.key_averages():
+        kind = next((kind for key, kind in kinds.items() if key in event.key), "the rest")
+        took = event.self_cpu_time_total if c.device == "cpu" else event.self_device_time_total
+        spent[kind] = spent.get(kind, 0) + took
     t = {what: statistics.median(times[1:]) for what, times in seconds.items()}
     rate = 2 * a.numel() * len(b) / t["product"]
     ratio = statistics.median(x / y for x, y in zip(seconds["T2MIR", "train"][1:], seconds["dense", "train"][1:]))
@@ -1085,6 +1093,8 @@ def bench(c, num_tasks=15):
             f"{floor:.0%} of it); acts in {num_tasks} tasks in {1e3 * act:.1f} ms a step and "
             f"{1e3 * episode:.0f} ms to remember episodes"
         )
+    shares = (f"{kind} {us / sum(spent.values()):.0%}" for kind, us in sorted(spent.items(), key=lambda x: -x[1]))
+    print(f"    where the time of T2MIR's step goes: {', '.join(shares)}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     peak = torch.cuda.max_memory_allocated() if c.device.startswith("cuda") else peak
     print(f"    T2MIR's step takes {ratio:.2f} times the dense one's; most memory so far {peak / 2**30:.1f} GiB")

@@ -1303,3 +1303,6 @@ def test_bench_runs(capsys):
     t2mir.bench(tiny("dpt", batch=4), num_tasks=2)
     out = capsys.readouterr().out
     assert "T2MIR trains" in out and "dense trains" in out and "T2MIR's step takes" in out
+    (shares,) = (line for line in out.splitlines() if "where the time" in line)
+    assert abs(sum(map(int, re.findall(r"(\d+)%", shares))) - 100) <= 2  # each is rounded
+    assert all(kind in shares for kind in ("attention", "other products", "the rest"))
