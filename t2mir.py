@@ -804,7 +804,7 @@ def learning_rate(step, c):
     return c.lr * 0.5 * (1 + math.cos(math.pi * (step - c.warmup) / max(1, c.steps - c.warmup)))
 
 
-FORMAT = 3  # of a checkpoint; raise it when its content changes
+FORMAT = 4  # of a checkpoint; raise it when its content changes
 
 
 def make_optimizer(model):
