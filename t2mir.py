@@ -154,7 +154,7 @@ AD = dict(w_imp=0.1, w_load=0.1)
 PRESETS = {
     ("point_robot", "dpt"): {},
     ("point_robot", "ad"): dict(AD, batch=16, steps=4_000, noise=0.3),
-    ("cheetah_vel", "dpt"): dict(MUJOCO, n_layers=4, explore=0.3),
+    ("cheetah_vel", "dpt"): {**MUJOCO, "n_layers": 4, "lr": 4e-3, "explore": 0.3},
     ("cheetah_vel", "ad"): dict(MUJOCO, **AD, batch=8),
     ("walker_param", "dpt"): dict(MUJOCO, n_layers=4),
     ("walker_param", "ad"): dict(MUJOCO, **AD, batch=8),
