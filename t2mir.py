@@ -149,15 +149,15 @@ def named(agent, settings, dense):
 
 # All sizes are a laptop's. The paper's: d_model 128 (AD on MuJoCo 256), 8 heads (DPT on MuJoCo 4), stride 1, batch 32
 # (AD on MuJoCo 24), dropout 0.05, lr 3e-4, and 10,000 steps of warm-up in 100,000.
-MUJOCO = dict(d_model=128, stride=8, lr=1e-3, steps=1_000, eval_every=250, dtype="auto")
+MUJOCO = dict(d_model=128, stride=8, steps=1_000, eval_every=250, dtype="auto")
 AD = dict(w_imp=0.1, w_load=0.1)
 PRESETS = {
     ("point_robot", "dpt"): {},
     ("point_robot", "ad"): dict(AD, batch=16, steps=4_000, noise=0.3),
-    ("cheetah_vel", "dpt"): {**MUJOCO, "n_layers": 4, "lr": 4e-3, "explore": 0.3},
-    ("cheetah_vel", "ad"): dict(MUJOCO, **AD, batch=8),
-    ("walker_param", "dpt"): dict(MUJOCO, n_layers=4),
-    ("walker_param", "ad"): dict(MUJOCO, **AD, batch=8),
+    ("cheetah_vel", "dpt"): dict(MUJOCO, lr=4e-3, n_layers=4, explore=0.3),
+    ("cheetah_vel", "ad"): dict(MUJOCO, **AD, lr=4e-3, batch=8),
+    ("walker_param", "dpt"): dict(MUJOCO, lr=1e-3, n_layers=4),
+    ("walker_param", "ad"): dict(MUJOCO, **AD, lr=1e-3, batch=8),
 }
 
 
