@@ -387,7 +387,8 @@ def prefix_mean(h, prefix=None, past_sum=None, past=0):
 
     Why the prefix and not the whole sequence: when the agent acts, the future is not there yet. A mean over the whole
     sequence would show the router, and through it every token, what attention is forbidden to see, and what the agent
-    will miss. Arguments as of `visible`; past_sum (B, d_model) is the sum over the `past` cached tokens.
+    will miss: AD on HalfCheetah then scores 0.38 instead of 0.62 (README). Arguments as of `visible`; past_sum
+    (B, d_model) is the sum over the `past` cached tokens.
     """
     h = h.float() if h.dtype == torch.bfloat16 else h
     Q = 0 if prefix is None else prefix.shape[1]
