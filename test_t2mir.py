@@ -279,7 +279,7 @@ def test_an_agent_learns_in_the_batch_what_it_learns_alone():
         one.see(lived[i : i + 1])
     start = [q.data.clone() for _, _, q in pairs]
     for step in range(6):
-        batch = [torch.randn(num, B, *size, dtype=double) for size in ((2,), (2,), (), (2,))]
+        batch = [torch.randn(num, B, *size, dtype=double) for size in ((2,), (2,), (), (), (2,))]
         noise = torch.randn(2, num, B, 2, dtype=double)
         agents.update(*batch, noise, policy=step % 2 == 0)
         for i, one in enumerate(alone):
@@ -437,20 +437,45 @@ def test_guests_visit_tasks_of_their_own_split(monkeypatch):
     assert len(seen) == 4  # others in each round
 
 
-def test_updates_draw_lived_transitions_of_the_own_task(folder):
-    """Batches hold only transitions from before the step, each agent its own, all of them, about equally often."""
-    run = Collection(resolve("point_robot", steps=100, copies=3, batch=3000, hidden=4, random_steps=99, episodes=1), 2)
+@pytest.mark.parametrize("n", [1, 3])
+def test_updates_draw_lived_moments_of_the_own_task(n):
+    """Batches hold only what was lived before the step, each agent its own, all of it, about equally often, and each
+    with the rewards of the next n steps, or of fewer where its episode ends or has not gone on."""
+    given = dict(steps=100, copies=3, batch=3000, hidden=4, random_steps=99, episodes=1, n_step=n)
+    run = Collection(resolve("point_robot", **given), 2)
     for _ in range(2):
         run.live()
-    states, actions, rewards, next_states, _ = run.sample(27)
-    near(next_states, states + 0.1 * actions, 1e-6)
-    goals = torch.as_tensor(run.tasks, dtype=torch.float32)[:, None]
-    near(rewards, -(next_states - goals).norm(dim=-1), 1e-5)
+    states, actions, rewards, discounts, next_states, _ = run.sample(27)  # in the second round, after its 7th step
     lived = torch.cat([run.states[:, :3, :20], run.states[:, 3:6, :7]], dim=2).flatten(1, 2)  # (2, 81, 2)
     same = (states[:, :, None] == lived[:, None]).all(-1)  # (2, 3000, 81)
     assert (same.sum(2) == 1).all()
     counts = same.sum(1)
     assert counts.min() > 15 and counts.max() < 70  # 37 expected
+    place = same.int().argmax(2)
+    for agent, b in itertools.product(range(2), range(300)):
+        copy, t = divmod(place[agent, b].item(), 27)
+        episode, t, end = (copy, t, 20) if t < 20 else (3 + copy, t - 20, 7)
+        end, total = min(end, t + n), 0.0
+        for k in range(t, end):
+            total += run.s.gamma ** (k - t) * run.rewards[agent, episode, k].item()
+        near(actions[agent, b], run.actions[agent, episode, t])
+        near(next_states[agent, b], run.states[agent, episode, end])
+        assert rewards[agent, b].item() == pytest.approx(total, rel=1e-5)
+        assert discounts[agent, b].item() == pytest.approx(run.s.gamma ** (end - t), rel=1e-5)
+
+
+def test_values_are_those_of_the_discounted_sum():
+    """Critics fitted to a constant reward of 2 value it at 2 a step, one step or three ahead, whatever gamma is."""
+    for n, gamma in itertools.product((1, 3), (0.5, 0.9)):
+        torch.manual_seed(0)
+        s = resolve("point_robot", hidden=16, gamma=gamma, temperature=0.0, tau=0.5, lr=1e-2, dtype="float32")
+        agents = BatchedSAC(2, 2, 2, s)
+        states, actions = torch.randn(2, 40, 2), torch.rand(2, 40, 2) * 2 - 1
+        rewards = torch.full((2, 40), 2.0 * sum(gamma**k for k in range(n)))
+        for _ in range(300):
+            noise = torch.randn(2, 2, 40, 2)
+            agents.update(states, actions, rewards, torch.full((2, 40), gamma**n), states, noise, policy=False)
+        near(agents.value(agents.critic, states, actions).detach(), torch.full((2, 2, 40), 2.0), 0.1)
 
 
 def test_flops_are_those_that_torch_counts():
@@ -462,7 +487,7 @@ def test_flops_are_those_that_torch_counts():
         noise = torch.randn(2, 3, 10, family.act_dim)
         with FlopCounterMode(display=False) as counter:
             for policy in (True, False):
-                agents.update(states, actions, torch.randn(3, 10), states, noise, policy=policy)
+                agents.update(states, actions, torch.randn(3, 10), torch.rand(3, 10), states, noise, policy=policy)
         assert counter.get_total_flops() == 2 * 3 * flops_of_update(family, s)
 
 
