@@ -7,7 +7,8 @@ set of kernels (`torch.baddbmm`) and nothing loops over tasks. It writes, with N
 
     tasks           (N, task_dim) float64    a task is a row, see envs.py
     test            (N,) bool                tasks held out from in-context training; they come last
-    guest           (E,) bool                episodes in which the agent of another task acted
+    guest           (E,) bool                episodes in which a guest acted: an agent drawn from all of the split,
+                                             so as a rule another task's
     states          (N, E, T, obs_dim)       E whole episodes, evenly spaced over the run, in its order
     actions         (N, E, T, act_dim)       what the learning agent (or the guest) did: random first, expert last
     rewards         (N, E, T)
@@ -141,7 +142,7 @@ class Settings:
     batch: int = flag(None, "transitions in an agent's update")
     lr: float = flag(None, "Adam's learning rate; over the last quarter of the run it falls to zero")
     gamma: float = flag(None, "discount")
-    n_step: int = flag(None, "rewards that are summed before the target critics judge the rest")
+    n_step: int = flag(None, "rewards that are summed, discounted, before the target critics judge the rest")
     tau: float = flag(None, "target critics move this fraction towards the critics in each update")
     temperature: float = flag(None, "weight of the policy's entropy, in units of reward; fixed")
     critic_norm: bool = flag(None, "layer norm in the critics: safer, slower")
@@ -250,15 +251,16 @@ class BatchedSAC(nn.Module):
         return torch.tanh(u), (log_normal - log_tanh_slope).sum(-1)
 
     def value(self, critic, states, actions):
-        """Both critics' values, (2, num, B), per step: (1 - gamma) times the discounted sum of rewards and entropy."""
+        """Both critics' values, (2, num, B), per step: (1 - gamma) times the discounted sum of rewards and entropy (of
+        every n-th entropy where `sample` follows n steps)."""
         x = torch.cat([(states - self.mean) / self.std, actions], dim=-1)  # (num, B, obs_dim + act_dim)
         return critic(x.repeat(2, 1, 1)).view(2, self.num, -1)
 
     def update(self, states, actions, rewards, discounts, next_states, noise, policy=True):
         """One step of critics, targets and, where `policy`, actors on a batch (num, B, ...).
 
-        `next_states` came n steps after `states`, `rewards` (num, B) is the discounted sum of those between, and
-        `discounts` (num, B) is gamma^n. `noise` (2, num, B, act_dim) is standard normal, for the actions in the next
+        `next_states` came n steps after `states` (n may differ from row to row), `rewards` (num, B) is the discounted
+        sum of those between, and `discounts` (num, B) is gamma^n. `noise` (2, num, B, act_dim) is standard normal, for the actions in the next
         states and in the states. Episodes end by the clock alone, so the value of the next state always counts.
         """
         gamma, entropy_weight = self.s.gamma, (1 - self.s.gamma) * self.s.temperature
@@ -399,11 +401,12 @@ class Collection:
         self.round += 1
 
     def sample(self, step):
-        """A batch for `update`: moments of each agent's own task, uniformly from all lived in it before `step`.
+        """A batch for `update` from all that was lived in each agent's own task before `step`, drawn uniformly.
 
-        A moment looks `n_step` steps ahead, or to where its episode has come by now. The actions on that way are those
-        that were lived, and their entropy is left out: wrong by a little for a small n, but values travel n times as
-        fast (Sutton 1988).
+        A drawn step is followed for `n_step` steps, or to where its episode ends or stands: with n steps for one,
+        values travel n times as fast (Watkins 1989). Two things are given up. The actions on the way are those that
+        were lived, a guest's and random ones too, not what the policy would do now. And entropy counts once in n steps
+        only, so that the same temperature weighs about 1/n.
         """
         s, shape = self.s, (self.num, self.s.batch)
         row = torch.arange(self.num, device=self.device)[:, None]
@@ -411,7 +414,7 @@ class Collection:
         which = torch.randint(s.copies, shape, device=self.device, generator=self.rng)
         noise = torch.randn(2, *shape, self.actions.shape[-1], device=self.device, generator=self.rng)
         i, t = when // self.T * s.copies + which, when % self.T  # episode, step of the episode
-        lived = torch.where(when // self.T == step // self.T, step % self.T, self.T)  # steps of that episode
+        lived = torch.where(when // self.T == step // self.T, step % self.T, self.T)  # steps lived of that episode
         n = (lived - t).clamp(max=s.n_step)  # (num, B)
         k = torch.arange(s.n_step, device=self.device)
         ahead = self.rewards[row[..., None], i[..., None], (t[..., None] + k).clamp(max=self.T - 1)]  # (num, B, n_step)
