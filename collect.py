@@ -260,8 +260,9 @@ class BatchedSAC(nn.Module):
         """One step of critics, targets and, where `policy`, actors on a batch (num, B, ...).
 
         `next_states` came n steps after `states` (n may differ from row to row), `rewards` (num, B) is the discounted
-        sum of those between, and `discounts` (num, B) is gamma^n. `noise` (2, num, B, act_dim) is standard normal, for the actions in the next
-        states and in the states. Episodes end by the clock alone, so the value of the next state always counts.
+        sum of those between, and `discounts` (num, B) is gamma^n. `noise` (2, num, B, act_dim) is standard normal, for
+        the actions in the next states and in the states. Episodes end by the clock alone, so the value of the next
+        state always counts.
         """
         gamma, entropy_weight = self.s.gamma, (1 - self.s.gamma) * self.s.temperature
         with torch.no_grad():
