@@ -143,6 +143,7 @@ class Settings:
     lr: float = flag(None, "Adam's learning rate; over the last quarter of the run it falls to zero")
     gamma: float = flag(None, "discount")
     n_step: int = flag(None, "rewards that are summed, discounted, before the target critics judge the rest")
+    recency: float = flag(None, "1: all lived steps are drawn equally often; more: recent ones more often")
     tau: float = flag(None, "target critics move this fraction towards the critics in each update")
     temperature: float = flag(None, "weight of the policy's entropy, in units of reward; fixed")
     critic_norm: bool = flag(None, "layer norm in the critics: safer, slower")
@@ -161,14 +162,14 @@ class Settings:
 # are slow too: in one trial with tau 0.05 the agents ended better and the transformer that learned from them worse. The
 # MuJoCo recipes were picked in short trials (assets/walker_trials.csv) and sized for a laptop. The cheetahs' curve ends
 # flat, the walkers' does not: there more --steps pay.
-SMALL = dict(hidden=64, batch=64, lr=1.5e-3, gamma=0.9, tau=0.01, temperature=0.05, critic_norm=True, n_step=1)
+SMALL = dict(hidden=64, batch=64, lr=1.5e-3, gamma=0.9, tau=0.01, temperature=0.05, critic_norm=True)
 LARGE = dict(hidden=128, batch=128, tau=0.05, random_steps=400, episodes=80)
-CHEETAH = dict(lr=3e-3, gamma=0.98, temperature=0.05, critic_norm=False, n_step=1)
-WALKER = dict(lr=2e-3, gamma=0.98, temperature=0.2, critic_norm=True, n_step=3)
+CHEETAH = dict(lr=3e-3, gamma=0.98, temperature=0.05, critic_norm=False, n_step=1, recency=1.0)
+WALKER = dict(lr=2e-3, gamma=0.98, temperature=0.2, critic_norm=True, n_step=3, recency=4.0)
 DEFAULTS = {
-    "point_robot": dict(SMALL, steps=2_200, random_steps=800, episodes=400),
+    "point_robot": dict(SMALL, n_step=1, recency=1.0, steps=2_200, random_steps=800, episodes=400),
     "cheetah_vel": dict(LARGE, **CHEETAH, steps=24_000),
-    "walker_param": dict(LARGE, **WALKER, steps=24_000),
+    "walker_param": dict(LARGE, **WALKER, steps=48_000),
 }
 PAPER_STEPS = {"cheetah_vel": 250_000, "walker_param": 1_000_000}  # environment steps a task
 
@@ -322,6 +323,8 @@ def resolve(name, **given):
             )
     if s.gamma >= 1 or s.tau > 1:
         raise BadInput(f"--gamma {s.gamma} must be below 1 and --tau {s.tau} at most 1")
+    if s.n_step > ENVS[name].horizon:
+        raise BadInput(f"--n_step {s.n_step} is longer than an episode: at most {ENVS[name].horizon}")
     rounds = s.steps // ENVS[name].horizon
     if s.episodes > rounds * s.copies:
         raise BadInput(
@@ -402,8 +405,11 @@ class Collection:
         self.round += 1
 
     def sample(self, step):
-        """A batch for `update` from all that was lived in each agent's own task before `step`, drawn uniformly.
+        """A batch for `update` from all that was lived in each agent's own task before `step`.
 
+        A draw's age, as a fraction of all that was lived, is U^recency, U uniform in (0, 1): with a recency of 4 half
+        of the draws are from the last 1/16, 16% from the older half. A critic must be right where the policy is now,
+        and what went before is not forgotten (Wang & Ross 2019, "emphasizing recent experience").
         A drawn step is followed for `n_step` steps, or to where its episode ends or stands: with n steps for one,
         values travel n times as fast (Watkins 1989). Two things are given up. The actions on the way are those that
         were lived, a guest's and random ones too, not what the policy would do now. And entropy counts once in n steps
@@ -414,6 +420,8 @@ class Collection:
         when = torch.randint(step, shape, device=self.device, generator=self.rng)
         which = torch.randint(s.copies, shape, device=self.device, generator=self.rng)
         noise = torch.randn(2, *shape, self.actions.shape[-1], device=self.device, generator=self.rng)
+        if s.recency != 1:
+            when = step - (step * ((step - when) / step) ** s.recency).round().long().clamp(min=1)
         i, t = when // self.T * s.copies + which, when % self.T  # episode, step of the episode
         lived = torch.where(when // self.T == step // self.T, step % self.T, self.T)  # steps lived of that episode
         n = (lived - t).clamp(max=s.n_step)  # (num, B)

@@ -464,6 +464,18 @@ def test_updates_draw_lived_moments_of_the_own_task(n):
         assert discounts[agent, b].item() == pytest.approx(run.s.gamma ** (end - t), rel=1e-5)
 
 
+@pytest.mark.parametrize("recency", [1.0, 4.0])
+def test_ages_of_draws_follow_the_recency(recency):
+    """A draw is younger than a fraction x of all that was lived with probability x^(1 / recency)."""
+    given = dict(steps=8_000, copies=1, batch=20_000, hidden=4, random_steps=1, episodes=1, recency=recency)
+    run = Collection(resolve("point_robot", **given), 1)
+    run.states[..., 0] = torch.arange(400.0)[:, None] * 20 + torch.arange(21.0)  # a state tells its step
+    age = (7_990 - run.sample(7_990)[0][0, :, 0]) / 7_990
+    assert age.min() > 0 and age.max() <= 1
+    for x in (0.001, 0.01, 0.1, 0.3, 0.6, 0.9):
+        near((age <= x).float().mean(), torch.tensor(x ** (1 / recency)), 0.015)
+
+
 def test_values_are_those_of_the_discounted_sum():
     """Critics fitted to a constant reward of 2 value it at 2 a step, one step or three ahead, whatever gamma is."""
     for n, gamma in itertools.product((1, 3), (0.5, 0.9)):
