@@ -136,7 +136,7 @@ class Settings:
     """What `collect` can be told. Fields of None take the environment's entry in DEFAULTS."""
 
     env: str = flag("point_robot", f"task family: {', '.join(ENVS)}", group="what to collect")
-    steps: int = flag(None, "environment steps of each copy; one update a step")
+    steps: int = flag(None, "environment steps of each copy; one update a step after the random ones")
     copies: int = flag(4, "environment copies that each agent acts in", group="learning")
     hidden: int = flag(None, "width of the two hidden layers of actor and critics")
     batch: int = flag(None, "transitions in an agent's update")
@@ -261,7 +261,7 @@ class BatchedSAC(nn.Module):
         """One step of critics, targets and, where `policy`, actors on a batch (num, B, ...).
 
         `next_states` came n steps after `states` (n may differ from row to row), `rewards` (num, B) is the discounted
-        sum of those between, and `discounts` (num, B) is gamma^n. `noise` (2, num, B, act_dim) is standard normal, for
+        sum of those from `states` on to there, and `discounts` (num, B) is gamma^n. `noise` (2, num, B, act_dim) is standard normal, for
         the actions in the next states and in the states. Episodes end by the clock alone, so the value of the next
         state always counts.
         """
@@ -370,7 +370,7 @@ class Collection:
         """One round: T steps of every copy and, once the random steps are over, an update of every agent at each."""
         s, T, c, num = self.s, self.T, self.s.copies, self.num
         self.agents.lr.fill_(s.lr * min(1, 4 * (1 - self.round / self.rounds)))
-        # Each round has its own seed, so that nothing but the networks and the past decides how a run goes on.
+        # Each round has its own seed, so that nothing but the agents and the past decides how a run goes on.
         self.rng.manual_seed(s.seed * 2**20 + self.round)
         observed, _ = self.env.reset(seed=s.seed * 2**20 + self.round)
         episodes = slice(self.round * c, self.round * c + c)
@@ -407,20 +407,21 @@ class Collection:
     def sample(self, step):
         """A batch for `update` from all that was lived in each agent's own task before `step`.
 
-        A draw's age, as a fraction of all that was lived, is U^recency, U uniform in (0, 1): with a recency of 4 half
+        A draw's age, as a fraction of all that was lived, is U^recency, U uniform in (0, 1]: with a recency of 4 half
         of the draws are from the last 1/16, 16% from the older half. A critic must be right where the policy is now,
         and what went before is not forgotten (Wang & Ross 2019, "emphasizing recent experience").
-        A drawn step is followed for `n_step` steps, or to where its episode ends or stands: with n steps for one,
-        values travel n times as fast (Watkins 1989). Two things are given up. The actions on the way are those that
-        were lived, a guest's and random ones too, not what the policy would do now. And entropy counts once in n steps
-        only, so that the same temperature weighs about 1/n.
+
+        A drawn step is followed for `n_step` steps, or to the end of its episode or of what is lived of it: with n
+        steps instead of one, values travel n times as fast (Watkins 1989). Two things are given up. The actions on the
+        way are those that were lived, a guest's and random ones too, not what the policy would do now. And the values
+        count entropy once in n steps only, so that a temperature weighs about 1/n in them.
         """
         s, shape = self.s, (self.num, self.s.batch)
         row = torch.arange(self.num, device=self.device)[:, None]
         when = torch.randint(step, shape, device=self.device, generator=self.rng)
         which = torch.randint(s.copies, shape, device=self.device, generator=self.rng)
         noise = torch.randn(2, *shape, self.actions.shape[-1], device=self.device, generator=self.rng)
-        if s.recency != 1:
+        if s.recency != 1:  # U comes from the whole number drawn, so early in the run steps are skipped
             when = step - (step * ((step - when) / step) ** s.recency).round().long().clamp(min=1)
         i, t = when // self.T * s.copies + which, when % self.T  # episode, step of the episode
         lived = torch.where(when // self.T == step // self.T, step % self.T, self.T)  # steps lived of that episode
