@@ -261,9 +261,9 @@ class BatchedSAC(nn.Module):
         """One step of critics, targets and, where `policy`, actors on a batch (num, B, ...).
 
         `next_states` came n steps after `states` (n may differ from row to row), `rewards` (num, B) is the discounted
-        sum of those from `states` on to there, and `discounts` (num, B) is gamma^n. `noise` (2, num, B, act_dim) is standard normal, for
-        the actions in the next states and in the states. Episodes end by the clock alone, so the value of the next
-        state always counts.
+        sum of those from `states` on to there, and `discounts` (num, B) is gamma^n. `noise` (2, num, B, act_dim) is
+        standard normal, for the actions in the next states and in the states. Episodes end by the clock alone, so the
+        value of the next state always counts.
         """
         gamma, entropy_weight = self.s.gamma, (1 - self.s.gamma) * self.s.temperature
         with torch.no_grad():
@@ -421,7 +421,7 @@ class Collection:
         when = torch.randint(step, shape, device=self.device, generator=self.rng)
         which = torch.randint(s.copies, shape, device=self.device, generator=self.rng)
         noise = torch.randn(2, *shape, self.actions.shape[-1], device=self.device, generator=self.rng)
-        if s.recency != 1:  # U comes from the whole number drawn, so early in the run steps are skipped
+        if s.recency != 1:  # U comes from the whole number drawn, so some of the oldest steps are skipped
             when = step - (step * ((step - when) / step) ** s.recency).round().long().clamp(min=1)
         i, t = when // self.T * s.copies + which, when % self.T  # episode, step of the episode
         lived = torch.where(when // self.T == step // self.T, step % self.T, self.T)  # steps lived of that episode
