@@ -160,8 +160,8 @@ class Settings:
 # Point-Robot is random for the first third. An agent that meets a new task has moved at random too; and from prompts
 # that are mostly an expert's, a transformer learns to copy them and not to infer the goal from rewards. Its targets
 # are slow too: in one trial with tau 0.05 the agents ended better and the transformer that learned from them worse. The
-# MuJoCo recipes were picked in short trials (assets/walker_trials.csv) and sized for a laptop. The cheetahs' curve ends
-# flat, the walkers' does not: there more --steps pay.
+# MuJoCo recipes were picked in short trials (the walkers' are in assets/walker_trials.csv) and sized for a laptop. The
+# cheetahs' curve ends flat, the walkers' does not: there more --steps pay.
 SMALL = dict(hidden=64, batch=64, lr=1.5e-3, gamma=0.9, tau=0.01, temperature=0.05, critic_norm=True)
 LARGE = dict(hidden=128, batch=128, tau=0.05, random_steps=400, episodes=80)
 CHEETAH = dict(lr=3e-3, gamma=0.98, temperature=0.05, critic_norm=False, n_step=1, recency=1.0)
