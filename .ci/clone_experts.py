@@ -1,8 +1,8 @@
 """Are the stored labels the experts' actions? Clones of them, one a task, must earn what the experts earn.
 
-    python .ci/clone_experts.py data/cheetah_vel.npz
+    python .ci/clone_experts.py data/cheetah_vel.npz [STEPS]
 
-Each clone is fitted to its task's (state, expert action) pairs by least squares alone and then plays 20 episodes.
+Each clone is fitted to its task's (state, expert action) pairs by least squares alone, in STEPS steps (4000), and then plays 20 episodes.
 """
 
 import sys
@@ -33,7 +33,7 @@ states, labels = (torch.as_tensor(data[key]).flatten(1, 2) for key in ("states",
 clones = Clones(states, labels)
 optimizer = torch.optim.Adam(clones.parameters(), lr=1e-3, fused=True)
 row = torch.arange(len(states))[:, None]
-steps = 4000
+steps = int(sys.argv[2]) if len(sys.argv) > 2 else 4000
 for step in trange(steps, desc="clone", disable=None):
     optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
     pick = torch.randint(states.shape[1], (len(states), 128))
