@@ -1163,6 +1163,7 @@ COLLECT = """
 --lr -1 | --lr -1.0
 --hidden 0 | --hidden 0
 --gamma 1 | --gamma 1
+--n_step 21 | --n_step 21
 --tau 2 | --tau 2
 --dtype nope | --dtype nope
 --device nope | --device nope

@@ -2,7 +2,8 @@
 
     python .ci/clone_experts.py data/cheetah_vel.npz [STEPS]
 
-Each clone is fitted to its task's (state, expert action) pairs by least squares alone, in STEPS steps (4000), and then plays 20 episodes.
+Each clone is fitted to its task's (state, expert action) pairs by least squares alone, in STEPS steps (4000), and then
+plays 20 episodes.
 """
 
 import sys
