@@ -1,192 +1,230 @@
-"""Learning histories and experts: one SAC agent a task, all agents trained as one batch. Writes `data/ENV.npz`.
+"""Collects learning histories: one SAC agent per task, all agents trained as one batch. Writes `data/ENV.npz`.
 
     python collect.py --env point_robot
 
-Every network carries a leading agent dimension, (num_agents, inputs, outputs) for a weight, so that 60 agents cost one
-set of kernels (`torch.baddbmm`) and nothing loops over tasks. It writes, with N tasks and E stored episodes of T steps:
+Every network has a leading agent dimension, so 60 agents cost one set of kernels and no code loops over tasks.
+The file holds N tasks with E stored episodes of T steps each (float32 unless another type is given):
 
-    tasks           (N, task_dim) float64    a task is a row, see envs.py
-    test            (N,) bool                tasks held out from in-context training; they come last
-    guest           (E,) bool                episodes in which a guest acted: an agent drawn from all of the split,
-                                             so as a rule another task's
-    states          (N, E, T, obs_dim)       E whole episodes, evenly spaced over the run, in its order
-    actions         (N, E, T, act_dim)       what the learning agent (or the guest) did: random first, expert last
-    rewards         (N, E, T)
-    expert_actions  (N, E, T, act_dim)       what the final agent, without noise, would have done in `states`
-    random_return   (N,) float64             mean return of uniformly random actions
-    expert_return   (N,) float64             mean return of the final agent without noise: the oracle
-    curve           (N, rounds)              return of the first copy, by round: random first, then without noise (of
-                                             fewer than 3 copies the first has noise too)
-    info            JSON string              format, environment, settings, library versions
+    states           (N, E, T, obs_dim)   E whole episodes in the order in which the agent experienced them
+    actions          (N, E, T, act_dim)   the actions taken, in [-1, 1]
+    rewards          (N, E, T)
+    test             (N,) bool            tasks that in-context training never sees; at least one task of each kind
+    expert_actions   (N, E, T, act_dim)   what the trained agent does in `states`, without noise: DPT's targets
+    learner_actions  (N, E, T, act_dim)   what the agent of that moment would have done, without noise: AD's targets
+    guest            (E,) bool            episodes in which the agent of another task acted
+    tasks            (N, task_dim)        float64, one row per task, see envs.py
+    random_return    (N,) float64         mean return of uniformly random actions: a score of 0
+    expert_return    (N,) float64         mean return of the trained agent without noise: a score of 1
+    curve            (N, rounds)          return of each agent's first copy in each round
+    info             str                  JSON: the settings and the library versions
 
-(float32 where nothing is said) and `data/ENV.png`, the learning curves. While it runs, `data/ENV.part/` holds what it
-needs to go on after a stop.
+The first four arrays are enough for AD, `expert_actions` as well for DPT: any robot's data in this form will do. The
+other arrays belong to the simulators of envs.py.
 """
 
 import argparse
 import copy
 import ctypes
 import dataclasses
-import difflib
-import io
+import hashlib
 import json
 import os
-import re
-import shutil
-import statistics
 import sys
 import time
 import zipfile
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import gymnasium
 import mujoco
 import numpy as np
 import torch
 import torch.nn.functional as F
+import tyro
+from filelock import FileLock, Timeout
 from torch import nn
 from tqdm import tqdm
 
 from envs import ENVS, make_vec, sample_tasks
 
-FORMAT = 3  # of the dataset file; raise it when the arrays change
-SAVE_EVERY = 30  # seconds of work that a stopped run may lose, and a round more
+SAVE_EVERY = 300  # seconds between saves of an unfinished collection
 
-
-# glibc hands large freed blocks back to the system, and the next tensor is faulted in again page by page: 7,244 faults
-# and a quarter of the processor's time in an update of 60 agents. Told to keep them, it makes 48.
-if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+# By default glibc returns large freed blocks to the system, and every new tensor costs page faults: a quarter of the
+# processor's time in an update of 60 agents. These two settings make it keep them.
+if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
     libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, the largest that it takes
+    libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files: written atomically, used by one process at a time, checked when they are read
 
 
-class BadInput(Exception):
-    """What the user gave does not work; the message is one line that says what is wrong and what to do."""
-
-
-def flag(default, text, group=None):
-    """A dataclass field that is also a command line flag: its default and help text in one place.
-
-    `group` begins a new heading of the help, under which the fields that follow stand too.
-    """
-    return dataclasses.field(default=default, metadata={"help": text, "group": group})
-
-
-class Parser(argparse.ArgumentParser):
-    """An argparse parser that raises BadInput instead of printing its usage, and knows what a misspelt flag meant."""
-
-    def error(self, message):
-        wrong = re.search(r"unrecognized arguments: (--\w+)", message)
-        near = difflib.get_close_matches(wrong[1], self._option_string_actions, 1) if wrong else []
-        raise BadInput(message + (f": did you mean {near[0]}?" if near else " (--help lists the flags)"))
-
-
-def parse_flags(cls, argv, description, **extra):
-    """Reads the flags of dataclass `cls` from argv; returns a dict of those that were given.
-
-    `extra` adds flags that are no fields: name=dict of argparse settings. Raises BadInput on a bad flag.
-    """
-    parser = group = Parser(allow_abbrev=False, description=description)
-    for f in dataclasses.fields(cls):
-        if f.metadata["group"]:
-            group = parser.add_argument_group(f.metadata["group"])
-        default = "differs by environment" if f.default is None else f.default
-        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "metavar": f.type.__name__.upper()}
-        text = f.metadata["help"] + f" [{default}]" * (default not in (False, ""))
-        group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **kind)
-    group = parser.add_argument_group("instead of that") if extra else parser
-    for name, settings in extra.items():
-        group.add_argument(f"--{name}", **{"default": argparse.SUPPRESS, **settings})
-    return vars(parser.parse_args(argv))
-
-
-def check_device(device):
-    """Raises BadInput where torch cannot put a tensor on `device`."""
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch builds without CUDA assert
-        raise BadInput(f"--device {device} does not work here ({str(error).splitlines()[0]}): use cpu") from None
+class BadInput(ValueError):
+    """Input that cannot work. The message is one line that says what is wrong and what to do."""
 
 
 def write_atomically(path, write):
-    """Calls write(file) on a file in memory, brings that to disk beside `path`, then renames it to `path`.
-
-    Whenever it is stopped, `path` is the old file or the new one. Raises BadInput where the disk takes no file.
-    """
-    path, content = Path(path), io.BytesIO()
-    write(content)
+    """Calls write(file) on a temporary file and renames it to `path`, which is always the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
+            write(file)
         os.replace(temporary, path)
-    except OSError as error:
-        if temporary.is_file():
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        if temporary.exists():
             temporary.unlink()
-        raise BadInput(f"{path} cannot be written ({error.strerror}): make room, or name another folder") from None
+        raise BadInput(f"{path} cannot be written ({str(error).splitlines()[0]})") from None
+
+
+@contextmanager
+def claim(path):
+    """Keeps other processes away from `path` in a `with` block. Raises BadInput if another process has claimed it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BadInput(f"{path} is in use by another process: wait for it, or choose another name") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def load(path):
+    """Reads and checks a dataset; returns its arrays as a dict, with the file's hash as `fingerprint`.
+
+    Raises BadInput if the file is missing or damaged, or if an array is missing or is not what it should be.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as arrays:
+                data = {name: arrays[name] for name in arrays.files}
+    except FileNotFoundError:
+        raise BadInput(f"{path} is missing: collect.py begins with the list of the arrays that it should hold") from None
+    except (zipfile.BadZipFile, zlib.error, AttributeError, TypeError, ValueError, EOFError, OSError) as error:
+        raise BadInput(f"{path} is damaged or not a dataset ({str(error).splitlines()[0]})") from None
+    missing = [name for name in ("states", "actions", "rewards", "test") if name not in data]
+    if missing:
+        raise BadInput(f"{path} has no array `{missing[0]}`: collect.py begins with the list of arrays")
+    if data["rewards"].ndim != 3:
+        raise BadInput(f"{path}: `rewards` must have shape (tasks, episodes, steps), not {data['rewards'].shape}")
+    N, E, T = data["rewards"].shape
+    sizes = {"N": N, "E": E, "T": T, "obs_dim": data["states"].shape[-1], "act_dim": data["actions"].shape[-1]}
+    if path.stem in ENVS:
+        family = ENVS[path.stem]
+        sizes |= {"T": family.horizon, "obs_dim": family.obs_dim, "act_dim": family.act_dim}
+    shapes = {"rewards": "N E T", "states": "N E T obs_dim", "test": "N", "guest": "E"}
+    shapes |= dict.fromkeys(("actions", "expert_actions", "learner_actions"), "N E T act_dim")
+    shapes |= dict.fromkeys(("random_return", "expert_return"), "N")
+    for name in shapes.keys() & data.keys():
+        shape = tuple(sizes[size] for size in shapes[name].split())
+        if data[name].shape != shape:
+            raise BadInput(f"{path}: `{name}` must have shape ({shapes[name]}) = {shape}, not {data[name].shape}")
+        if data[name].dtype.kind not in "fiub":
+            raise BadInput(f"{path}: `{name}` must hold numbers, not {data[name].dtype}")
+        if not np.isfinite(data[name]).all():
+            raise BadInput(f"{path}: `{name}` has non-finite values")
+        if "actions" in name and abs(data[name]).max() > 1 + 1e-6:
+            raise BadInput(f"{path}: `{name}` must lie in [-1, 1]: divide them by the largest action of your robot")
+        if name in ("test", "guest"):
+            data[name] = data[name].astype(bool)
+        elif "return" not in name:
+            data[name] = data[name].astype(np.float32)
+    if data["test"].all() or not data["test"].any():
+        raise BadInput(f"{path}: `test` must mark at least one task, and leave at least one to train on")
+    return {**data, "fingerprint": fingerprint}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings
 
 
 @dataclass
 class Settings:
-    """What `collect` can be told. Fields of None take the environment's entry in DEFAULTS."""
+    """What a collection depends on. PRESETS has what differs by environment."""
 
-    env: str = flag("point_robot", f"task family: {', '.join(ENVS)}", group="what to collect")
-    steps: int = flag(None, "environment steps of each copy; one update a step after the random ones")
-    copies: int = flag(4, "environment copies that each agent acts in", group="learning")
-    hidden: int = flag(None, "width of the two hidden layers of actor and critics")
-    batch: int = flag(None, "transitions in an agent's update")
-    lr: float = flag(None, "Adam's learning rate; over the last quarter of the run it falls to zero")
-    gamma: float = flag(None, "discount")
-    n_step: int = flag(None, "rewards that are summed, discounted, before the target critics judge the rest")
-    recency: float = flag(None, "1: all lived steps are drawn equally often; more: recent ones more often")
-    tau: float = flag(None, "target critics move this fraction towards the critics in each update")
-    temperature: float = flag(None, "weight of the policy's entropy, in units of reward; fixed")
-    critic_norm: bool = flag(None, "layer norm in the critics: safer, slower")
-    random_steps: int = flag(None, "steps of uniformly random actions before learning starts")
-    train_tasks: int = flag(45, "tasks to train in-context agents on", group="the dataset")
-    test_tasks: int = flag(15, "tasks held out for their evaluation")
-    episodes: int = flag(None, "episodes stored for each task, evenly spaced over the run")
-    seed: int = flag(0, "random seed, of the tasks too", group="system")
-    device: str = flag("cpu", "cpu or cuda")
-    dtype: str = flag(None, "float32 or bfloat16: of the hidden layers' products; bfloat16 where the hardware has it")
-    out: str = flag("data", "folder of the dataset")
+    env: str = "point_robot"  # task family: a name in ENVS
+    steps: int = 2_200  # environment steps of each copy; after the random steps, one update per step
+    copies: int = 4  # copies of its environment in which each agent acts
+    hidden: int = 64  # width of the two hidden layers of actor and critics
+    batch: int = 64  # transitions in an update of one agent
+    lr: float = 1.5e-3  # Adam's learning rate, which falls to zero over the last quarter of the run
+    gamma: float = 0.9  # discount factor
+    n_step: int = 1  # rewards summed before the target critics are asked for the rest
+    recency: float = 1.0  # 1 draws all stored steps equally often; larger values draw recent steps more often
+    tau: float = 0.01  # fraction by which the target critics move towards the critics in each update
+    temperature: float = 0.05  # weight of the policy's entropy, in units of reward
+    critic_norm: bool = True  # layer norm in the critics: more stable and slower
+    random_steps: int = 800  # steps with uniformly random actions before learning starts
+    train_tasks: int = 45  # tasks to train in-context agents on
+    test_tasks: int = 15  # tasks held out for their evaluation
+    episodes: int = 400  # episodes stored per task, evenly spaced over the run; at most those that were made
+    seed: int = 0  # random seed, which also draws the tasks
+    device: str = "auto"  # cpu, cuda, or auto: cuda if there is one
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # of the hidden layers' matrix products
+    out: str = "data"  # folder of the dataset
+
+    def __post_init__(self):
+        self.device = pick_device(self.device)
+        self.dtype = fast_dtype(self.device) if self.dtype == "auto" else self.dtype
+        if self.env not in ENVS:
+            raise BadInput(f"unknown --env {self.env}: choose one of {', '.join(ENVS)}")
+        for f in dataclasses.fields(self):
+            least, value = 0 if f.name in ("seed", "temperature") else 1e-12, getattr(self, f.name)
+            if f.type in (int, float) and not least <= value < float("inf"):
+                raise BadInput(f"--{f.name} {value} must be {'at least 0' if least == 0 else 'positive'} and finite")
+        T = ENVS[self.env].horizon
+        if self.gamma >= 1 or self.tau > 1:
+            raise BadInput(f"--gamma {self.gamma} must be below 1 and --tau {self.tau} at most 1")
+        if self.n_step > T:
+            raise BadInput(f"--n_step {self.n_step} is longer than an episode of {T} steps")
+        if self.steps // T * T <= self.random_steps:
+            raise BadInput(f"--steps {self.steps} leaves nothing to learn after --random_steps {self.random_steps}")
 
 
-# Point-Robot is random for the first third. An agent that meets a new task has moved at random too; and from prompts
-# that are mostly an expert's, a transformer learns to copy them and not to infer the goal from rewards. Its targets
-# are slow too: in one trial with tau 0.05 the agents ended better and the transformer that learned from them worse. The
-# MuJoCo recipes were picked in short trials (the walkers' are in assets/walker_trials.csv) and sized for a laptop. The
-# cheetahs' curve ends flat, the walkers' does not: there more --steps pay.
-SMALL = dict(hidden=64, batch=64, lr=1.5e-3, gamma=0.9, tau=0.01, temperature=0.05, critic_norm=True)
-LARGE = dict(hidden=128, batch=128, tau=0.05, random_steps=400, episodes=80)
-CHEETAH = dict(lr=3e-3, gamma=0.98, temperature=0.05, critic_norm=False, n_step=1, recency=1.0)
-WALKER = dict(lr=2e-3, gamma=0.98, temperature=0.2, critic_norm=True, n_step=3, recency=4.0)
-DEFAULTS = {
-    "point_robot": dict(SMALL, n_step=1, recency=1.0, steps=2_200, random_steps=800, episodes=400),
-    "cheetah_vel": dict(LARGE, **CHEETAH, steps=24_000),
-    "walker_param": dict(LARGE, **WALKER, steps=48_000),
+# How the MuJoCo recipes were found: experiments/RESULTS.md, "Collection". Point-Robot acts randomly for the first third
+# of its run, because an in-context agent also moves randomly when it meets a new task.
+MUJOCO = dict(hidden=128, batch=128, gamma=0.98, tau=0.05, random_steps=400, episodes=80)
+PRESETS = {
+    "cheetah_vel": dict(MUJOCO, lr=3e-3, critic_norm=False, steps=24_000),
+    "walker_param": dict(MUJOCO, lr=2e-3, n_step=3, recency=4.0, temperature=0.2, steps=48_000),
 }
-PAPER_STEPS = {"cheetah_vel": 250_000, "walker_param": 1_000_000}  # environment steps a task
+
+
+def pick_device(name):
+    """The device called `name`; auto is cuda where there is one. Raises BadInput if torch cannot use it."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # builds of torch without CUDA raise the latter
+        raise BadInput(f"--device {name} does not work here ({str(error).splitlines()[0]})") from None
+    return name
 
 
 def fast_dtype(device):
-    """bfloat16 where `device` multiplies it natively, else float32."""
+    """bfloat16 where `device` has instructions for its matrix products, else float32."""
     cpu = torch.cpu.get_capabilities()
     native = cpu.get("avx512_bf16") or cpu.get("amx_bf16") if torch.device(device).type == "cpu" else True
     return "bfloat16" if native else "float32"
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Soft actor-critic for many agents at once
+
+
 class BatchedMLP(nn.Module):
     """`num` independent multi-layer perceptrons evaluated at once: (num, B, sizes[0]) -> (num, B, sizes[-1]) float32.
 
-    `norm` puts a layer norm without parameters before each ReLU; in a critic it bounds the values that a young network
-    can claim for actions it has never seen. Layers multiply in `dtype`, but results are summed in float32: a value near
-    -3 must not be rounded to the next 64th.
+    `norm` puts a layer norm without parameters before each ReLU. In a critic it bounds the values of actions that were
+    never tried. The hidden layers multiply in `dtype`, the last one adds up in float32.
     """
 
     def __init__(self, num, sizes, norm=False, dtype=torch.float32):
@@ -202,18 +240,17 @@ class BatchedMLP(nn.Module):
         for weight, bias in hidden:
             x = torch.baddbmm(bias.to(self.dtype), x, weight.to(self.dtype))  # (num, B, hidden)
             x = F.relu_(F.layer_norm(x, x.shape[-1:]) if self.norm else x)
-        if last_weight.shape[-1] == 1:  # a critic; element by element is faster than a product with one column
+        if last_weight.shape[-1] == 1:  # a critic: faster than a matrix product with a single column
             return (x * last_weight.mT.to(self.dtype)).sum(-1, keepdim=True, dtype=last_bias.dtype) + last_bias
         return torch.baddbmm(last_bias, x.to(last_weight.dtype), last_weight)
 
 
 class BatchedSAC(nn.Module):
-    """Soft actor-critic (Haarnoja et al. 2018) for `num` agents at once, one a task, that share nothing.
+    """Soft actor-critic (Haarnoja et al. 2018) for `num` agents at once, one per task, which share nothing.
 
-    Losses are summed over agents and Adam works element by element, so an agent learns what it would learn alone.
-    Two things make it learn in few updates. The networks see states normalised by what the agent has lived (`see`): a
-    cheetah's joints turn at up to 30 rad/s and its x passes 30 m, beside which actions in [-1, 1] would be lost. And
-    values are counted a step: Q here is (1 - gamma) times the usual one, so of the size of a reward whatever gamma is.
+    The losses are summed over agents and Adam is elementwise, so each agent learns what it would learn alone. Two
+    details let it learn in few updates. Its networks see normalised states. And its critics predict (1 - gamma) times
+    the usual return, so that values have the size of one reward whatever gamma is.
     """
 
     def __init__(self, num, obs_dim, act_dim, s):
@@ -224,19 +261,19 @@ class BatchedSAC(nn.Module):
         # Both critics of all agents are one batch of 2 * num networks.
         self.critic = BatchedMLP(2 * num, (obs_dim + act_dim, s.hidden, s.hidden, 1), s.critic_norm, dtype)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
-        self.register_buffer("seen", torch.zeros(3, num, 1, obs_dim))  # sums of 1, x and x^2 over the lived states
+        self.register_buffer("moments", torch.zeros(3, num, 1, obs_dim))  # sums of 1, x and x^2 over visited states
         self.register_buffer("mean", torch.zeros(num, 1, obs_dim))
         self.register_buffer("std", torch.ones(num, 1, obs_dim))
         self.to(s.device)
-        self.lr = torch.tensor(s.lr, device=s.device)  # of both optimizers; `live` lowers it
+        self.lr = torch.tensor(s.lr, device=s.device)  # shared by both optimizers; `run_round` lowers it
         self.actor_opt = torch.optim.Adam(self.actor.parameters(), lr=self.lr, fused=True)
         self.critic_opt = torch.optim.Adam(self.critic.parameters(), lr=self.lr, fused=True)
 
-    def see(self, states):
-        """Adds lived states (num, ..., obs_dim) to those that the networks' inputs are normalised by."""
+    def update_normalisation(self, states):
+        """Adds visited states (num, ..., obs_dim) to the mean and deviation that normalise the networks' inputs."""
         x = states.flatten(1, -2)  # (num, M, obs_dim)
-        self.seen += torch.stack([torch.ones_like(x), x, x**2]).sum(2, keepdim=True)
-        count, total, squares = self.seen
+        self.moments += torch.stack([torch.ones_like(x), x, x**2]).sum(2, keepdim=True)
+        count, total, squares = self.moments
         self.mean = total / count
         self.std = (squares / count - self.mean**2).clamp_min(0).sqrt() + 0.01
 
@@ -252,31 +289,29 @@ class BatchedSAC(nn.Module):
         return torch.tanh(u), (log_normal - log_tanh_slope).sum(-1)
 
     def value(self, critic, states, actions):
-        """Both critics' values, (2, num, B), per step: (1 - gamma) times the discounted sum of rewards and entropy (of
-        every n-th entropy where `sample` follows n steps)."""
+        """Values of both critics, (2, num, B): (1 - gamma) times the discounted sum of rewards and entropy."""
         x = torch.cat([(states - self.mean) / self.std, actions], dim=-1)  # (num, B, obs_dim + act_dim)
         return critic(x.repeat(2, 1, 1)).view(2, self.num, -1)
 
     def update(self, states, actions, rewards, discounts, next_states, noise, policy=True):
-        """One step of critics, targets and, where `policy`, actors on a batch (num, B, ...).
+        """One step of the critics, their targets and, if `policy`, the actors on a batch (num, B, ...).
 
-        `next_states` came n steps after `states` (n may differ from row to row), `rewards` (num, B) is the discounted
-        sum of those from `states` on to there, and `discounts` (num, B) is gamma^n. `noise` (2, num, B, act_dim) is
-        standard normal, for the actions in the next states and in the states. Episodes end by the clock alone, so the
-        value of the next state always counts.
+        `next_states` lie n steps after `states`; `rewards` (num, B) are the discounted sums over these n steps and
+        `discounts` (num, B) are gamma^n. `noise` (2, num, B, act_dim) is standard normal. Episodes only end by the
+        clock, so the value of the next state always counts.
         """
         gamma, entropy_weight = self.s.gamma, (1 - self.s.gamma) * self.s.temperature
         with torch.no_grad():
             next_actions, log_prob = self.act(next_states, noise[0])
             next_value = self.value(self.target, next_states, next_actions).amin(0) - entropy_weight * log_prob
-            wanted = (1 - gamma) * rewards + discounts * next_value  # (num, B)
-        loss = (self.value(self.critic, states, actions) - wanted).square().mean(-1).sum()
+            target = (1 - gamma) * rewards + discounts * next_value  # (num, B)
+        loss = (self.value(self.critic, states, actions) - target).square().mean(-1).sum()
         self.critic_opt.zero_grad()
         loss.backward()
         self.critic_opt.step()
         if policy:
             new_actions, log_prob = self.act(states, noise[1])
-            self.critic.requires_grad_(False)  # the critics judge here, they do not learn
+            self.critic.requires_grad_(False)
             loss = (entropy_weight * log_prob - self.value(self.critic, states, new_actions).amin(0)).mean(-1).sum()
             self.actor_opt.zero_grad()
             loss.backward()
@@ -287,10 +322,10 @@ class BatchedSAC(nn.Module):
 
 
 @torch.no_grad()
-def play(name, tasks, agents, copies, seed, device):
-    """Mean return of each task over `copies` episodes, (num_tasks,): of the agents without noise, or random if None."""
+def average_return(name, tasks, agents, copies, seed, device):
+    """Mean return of each task over `copies` episodes, (num_tasks,): noiseless `agents`, or random actions if None."""
     env = make_vec(name, np.repeat(tasks, copies, axis=0))
-    rng = np.random.default_rng([seed, 1])  # not the stream of the start states
+    rng = np.random.default_rng([seed, 1])  # a different stream from that of the start states
     states, _ = env.reset(seed=seed)
     returns = np.zeros(env.num_envs)
     for _ in range(env.horizon):
@@ -305,392 +340,204 @@ def play(name, tasks, agents, copies, seed, device):
     return returns.reshape(len(tasks), copies).mean(1)
 
 
-def resolve(name, **given):
-    """Settings of environment `name`: the defaults, with what is given on top. Raises BadInput on nonsense."""
-    if name not in ENVS:
-        raise BadInput(f"unknown environment {name!r}: choose one of {', '.join(ENVS)}")
-    s = Settings(**{"env": name, **DEFAULTS[name], **given})
-    check_device(s.device)
-    s.dtype = s.dtype or fast_dtype(s.device)
-    if s.dtype not in ("float32", "bfloat16", "float64"):
-        raise BadInput(f"--dtype {s.dtype} is unknown: choose float32 or bfloat16")
-    for f in dataclasses.fields(s):
-        value = getattr(s, f.name)
-        lowest = 0 if f.name in ("seed", "temperature", "test_tasks") else 1
-        if f.type is int and value < lowest or f.type is float and not (value > 0 or value == lowest):
-            raise BadInput(
-                f"--{f.name} {value} is too small: it must be {f'at least {lowest}' if f.type is int else 'positive'}"
-            )
-    if s.gamma >= 1 or s.tau > 1:
-        raise BadInput(f"--gamma {s.gamma} must be below 1 and --tau {s.tau} at most 1")
-    if s.n_step > ENVS[name].horizon:
-        raise BadInput(f"--n_step {s.n_step} is longer than an episode: at most {ENVS[name].horizon}")
-    rounds = s.steps // ENVS[name].horizon
-    if s.episodes > rounds * s.copies:
-        raise BadInput(
-            f"--episodes {s.episodes} is more than {s.steps} steps make ({rounds * s.copies} a task): "
-            "more --steps, or fewer --episodes"
-        )
-    if rounds * ENVS[name].horizon <= s.random_steps:
-        raise BadInput(f"--steps {s.steps} leaves nothing to learn from after --random_steps {s.random_steps}")
-    return s
+# ----------------------------------------------------------------------------------------------------------------------
+# Collection
 
 
 class Collection:
-    """All agents of one family, their environments and everything they have lived: a run of `collect` at any moment.
+    """All agents of one family, their environments and their histories.
 
-    Time is cut into rounds: in one round every copy lives one episode of T steps. `states` (num, episodes, T + 1,
-    obs_dim), `actions` (num, episodes, T, act_dim) and `rewards` (num, episodes, T) hold the run in its order, episode
-    round * copies + copy; they are the replay buffer, and the dataset is a selection of their episodes.
+    Time is cut into rounds; in each round every copy runs one episode of T steps. `states` (num, episodes, T + 1,
+    obs_dim), `actions` and `learner_actions` (num, episodes, T, act_dim) and `rewards` (num, episodes, T) hold episode
+    round * copies + copy. They are the replay buffer, and the dataset is a selection of their episodes.
     """
 
     def __init__(self, s, num):
         family, self.s, self.num = ENVS[s.env], s, num
         self.T, self.device = family.horizon, torch.device(s.device)
         self.tasks = sample_tasks(s.env, num, s.seed)
-        self.env = make_vec(s.env, np.repeat(self.tasks, s.copies, axis=0))  # copies of a task stand together
+        self.env = make_vec(s.env, np.repeat(self.tasks, s.copies, axis=0))
         torch.manual_seed(s.seed)
         self.agents = BatchedSAC(num, family.obs_dim, family.act_dim, s)
         self.rng = torch.Generator(self.device)
         self.rounds, self.round = s.steps // self.T, 0
-        episodes = self.rounds * s.copies
-        self.states = torch.zeros(num, episodes, self.T + 1, family.obs_dim, device=self.device)
-        self.actions = torch.zeros(num, episodes, self.T, family.act_dim, device=self.device)
-        self.rewards = torch.zeros(num, episodes, self.T, device=self.device)
-        # The copies of an environment differ, so that the histories hold what an in-context agent meets when it acts.
-        # While actions are random, copy c holds each for 2^c steps: that leads farther than twitching on the spot and
-        # shows where the reward grows. Later the first copy acts on the policy's mean, noiseless even while it is
-        # wrong, and the others draw from the policy. In the last copy the policy is another task's, a guest: a slow
-        # cheetah never runs by itself, so nothing else shows its agent how to slow down, nor an in-context agent what
-        # running is worth where it is wrong. SAC learns from any of it.
-        self.hold = 2 ** torch.arange(s.copies, device=self.device)[:, None]
-        self.boldness = (torch.arange(s.copies, device=self.device)[:, None] > 0) | (s.copies < 3)  # some must draw
+        shape = num, self.rounds * s.copies, self.T
+        self.states = torch.zeros(num, shape[1], self.T + 1, family.obs_dim, device=self.device)
+        self.actions, self.learner_actions = torch.zeros(2, *shape, family.act_dim, device=self.device)
+        self.rewards = torch.zeros(shape, device=self.device)
+        # The copies differ, so that the histories hold what an in-context agent will meet. While actions are random,
+        # copy c repeats each of them for 2^c steps, which leads farther. Later the first copy acts without noise and
+        # the others sample from the policy. In the last copy the policy is a guest: the agent of another task. A slow
+        # cheetah never runs by itself, so only a guest can show it how to slow down. SAC learns from any policy's data.
+        copy_index = torch.arange(s.copies, device=self.device)[:, None]
+        self.repeat = 2**copy_index
+        self.noisy = (copy_index > 0) | (s.copies < 3)  # (copies, 1)
 
-    def live(self):
-        """One round: T steps of every copy and, once the random steps are over, an update of every agent at each."""
+    def run_round(self):
+        """T steps of every copy and, after the random steps, one update of every agent in each of them."""
         s, T, c, num = self.s, self.T, self.s.copies, self.num
         self.agents.lr.fill_(s.lr * min(1, 4 * (1 - self.round / self.rounds)))
-        # Each round has its own seed, so that nothing but the agents and the past decides how a run goes on.
-        self.rng.manual_seed(s.seed * 2**20 + self.round)
-        observed, _ = self.env.reset(seed=s.seed * 2**20 + self.round)
+        self.rng.manual_seed(s.seed * 2**20 + self.round)  # a seed per round makes a resumed collection exact
+        observations, _ = self.env.reset(seed=s.seed * 2**20 + self.round)
         episodes = slice(self.round * c, self.round * c + c)
-        states, actions, rewards = (x[:, episodes] for x in (self.states, self.actions, self.rewards))  # (num, c, T, .)
-        states[:, :, 0] = torch.as_tensor(observed, device=self.device).view(num, c, -1)
-        # acts_in[agent, copy] is a task: the agent's own, for a guest any. Test tasks' agents visit test tasks.
-        acts_in, copies = (
-            torch.arange(num, device=self.device)[:, None].repeat(1, c),
-            torch.arange(c, device=self.device),
-        )
-        if c > 1:
+        states, actions, learner, rewards = (
+            x[:, episodes] for x in (self.states, self.actions, self.learner_actions, self.rewards)
+        )  # (num, c, T, ...)
+        states[:, :, 0] = torch.as_tensor(observations, device=self.device).view(num, c, -1)
+        copies = torch.arange(c, device=self.device)
+        acts_in = torch.arange(num, device=self.device)[:, None].repeat(1, c)  # [agent, copy] -> task
+        if c > 1:  # guests visit tasks of their own split
             train = min(num, s.train_tasks)
             visits = [torch.randperm(n, device=self.device, generator=self.rng) for n in (train, num - train)]
             acts_in[:, -1] = torch.cat([visits[0], visits[1] + train])
         for t in range(T):
             step = self.round * T + t
-            if step < s.random_steps:
-                new = torch.rand(num, c, actions.shape[-1], device=self.device, generator=self.rng) * 2 - 1
-                actions[:, :, t] = torch.where(t % self.hold == 0, new, actions[:, :, t - 1])
-            else:
-                noise = torch.randn(num, c, actions.shape[-1], device=self.device, generator=self.rng)
-                with torch.no_grad():
-                    acted = self.agents.act(states[acts_in, copies, t], noise * self.boldness)[0]
-                    actions[acts_in, copies, t] = acted
-            chosen = actions[:, :, t].reshape(num * c, -1).cpu().numpy()
-            if step >= s.random_steps:  # a GPU learns while the CPU moves the bodies
+            with torch.no_grad():
+                learner[:, :, t] = self.agents.act(states[:, :, t])[0]
+                if step < s.random_steps:
+                    new = torch.rand(num, c, actions.shape[-1], device=self.device, generator=self.rng) * 2 - 1
+                    actions[:, :, t] = torch.where(t % self.repeat == 0, new, actions[:, :, t - 1])
+                else:
+                    noise = torch.randn(num, c, actions.shape[-1], device=self.device, generator=self.rng)
+                    actions[acts_in, copies, t] = self.agents.act(states[acts_in, copies, t], noise * self.noisy)[0]
+            to_simulator = actions[:, :, t].reshape(num * c, -1).cpu().numpy()
+            if step >= s.random_steps:  # queued before the simulator runs, so that a GPU learns meanwhile
                 self.agents.update(*self.sample(step), policy=step % 2 == 0)
-            observed, reward, *_ = self.env.step(chosen)
-            states[:, :, t + 1] = torch.as_tensor(observed, device=self.device).view(num, c, -1)
+            observations, reward, *_ = self.env.step(to_simulator)
+            states[:, :, t + 1] = torch.as_tensor(observations, device=self.device).view(num, c, -1)
             rewards[:, :, t] = torch.as_tensor(reward, device=self.device).view(num, c)
-        self.agents.see(states[:, :, :-1])
+        self.agents.update_normalisation(states[:, :, :-1])
         self.round += 1
+        return rewards[:, 0].sum(-1)  # (num,): return of the first copies
 
     def sample(self, step):
-        """A batch for `update` from all that was lived in each agent's own task before `step`.
+        """A batch for `update` from everything stored in each agent's own task before `step`.
 
-        A draw's age, as a fraction of all that was lived, is U^recency, U uniform in (0, 1]: with a recency of 4 half
-        of the draws are from the last 1/16, 16% from the older half. A critic must be right where the policy is now,
-        and what went before is not forgotten (Wang & Ross 2019, "emphasizing recent experience").
-
-        A drawn step is followed for `n_step` steps, or to the end of its episode or of what is lived of it: with n
-        steps instead of one, values travel n times as fast (Watkins 1989). Two things are given up. The actions on the
-        way are those that were lived, a guest's and random ones too, not what the policy would do now. And the values
-        count entropy once in n steps only, so that a temperature weighs about 1/n in them.
+        The age of a drawn step, as a fraction of the run so far, is U^recency with U uniform in (0, 1]. With a recency
+        of 4 half of the draws come from the last sixteenth of the run (Wang & Ross 2019). A drawn step is followed for
+        `n_step` steps, or until its episode ends, so values travel n times as fast (Watkins 1989). The rewards on the
+        way are those of the actions taken, and only one entropy term in n is counted.
         """
         s, shape = self.s, (self.num, self.s.batch)
         row = torch.arange(self.num, device=self.device)[:, None]
         when = torch.randint(step, shape, device=self.device, generator=self.rng)
-        which = torch.randint(s.copies, shape, device=self.device, generator=self.rng)
+        which_copy = torch.randint(s.copies, shape, device=self.device, generator=self.rng)
         noise = torch.randn(2, *shape, self.actions.shape[-1], device=self.device, generator=self.rng)
-        if s.recency != 1:  # U comes from the whole number drawn, so some of the oldest steps are skipped
+        if s.recency != 1:
             when = step - (step * ((step - when) / step) ** s.recency).round().long().clamp(min=1)
-        i, t = when // self.T * s.copies + which, when % self.T  # episode, step of the episode
-        lived = torch.where(when // self.T == step // self.T, step % self.T, self.T)  # steps lived of that episode
-        n = (lived - t).clamp(max=s.n_step)  # (num, B)
+        i, t = when // self.T * s.copies + which_copy, when % self.T  # episode, step of the episode
+        stored = torch.where(when // self.T == step // self.T, step % self.T, self.T)  # steps of that episode so far
+        n = (stored - t).clamp(max=s.n_step)  # (num, B)
         k = torch.arange(s.n_step, device=self.device)
         ahead = self.rewards[row[..., None], i[..., None], (t[..., None] + k).clamp(max=self.T - 1)]  # (num, B, n_step)
         rewards = (ahead * s.gamma**k * (k < n[..., None])).sum(-1)
         return self.states[row, i, t], self.actions[row, i, t], rewards, s.gamma**n, self.states[row, i, t + n], noise
 
-    def save(self, folder, since):
-        """Writes the rounds lived from `since` on, then the agents: what `restore` needs, and nothing twice.
-
-        A kill between the two leaves the agents of `since`; their next save writes the same rounds' file anew.
-        """
-        c = self.s.copies
-        new = [x[:, since * c : self.round * c].clone().cpu() for x in (self.states, self.actions, self.rewards)]
-        write_atomically(folder / f"lived-{since:05d}.pt", lambda file: torch.save(new, file))
-        optimizers = [self.agents.actor_opt.state_dict(), self.agents.critic_opt.state_dict()]
-        content = dict(settings=self.identity(), round=self.round, agents=self.agents.state_dict(), optim=optimizers)
-        write_atomically(folder / "agents.pt", lambda file: torch.save(content, file))
-
     def identity(self):
-        """The settings that decide how a run goes: one with the same may go on from another's folder."""
-        free = ("episodes", "device", "out")
-        return {k: v for k, v in dataclasses.asdict(self.s).items() if k not in free}
+        """The settings that decide how a collection goes: only one with the same settings may continue it."""
+        return {k: v for k, v in dataclasses.asdict(self.s).items() if k not in ("episodes", "device", "out")}
 
-    def restore(self, folder):
-        """Goes on where the last `save` into `folder` was. Raises BadInput where other settings made it, or damage."""
-        begin = "delete the folder to begin anew"
-        other = set()
-        try:
-            saved = torch.load(folder / "agents.pt", map_location=self.device, weights_only=True)
-            other = {key for key, value in self.identity().items() if saved["settings"].get(key) != value}
-            while not other and self.round < saved["round"]:
-                lived = torch.load(folder / f"lived-{self.round:05d}.pt", map_location=self.device, weights_only=True)
-                at = self.round * self.s.copies
-                for whole, part in zip((self.states, self.actions, self.rewards), lived):
-                    whole[:, at : at + part.shape[1]] = part
-                self.round += lived[0].shape[1] // self.s.copies
-            if not other:
-                self.agents.load_state_dict(saved["agents"])
-                for optimizer, state in zip((self.agents.actor_opt, self.agents.critic_opt), saved["optim"]):
-                    optimizer.load_state_dict(state)
-                    optimizer.param_groups[0]["lr"] = self.agents.lr  # not the copy that was read
-                if self.round != saved["round"]:
-                    raise ValueError("its files do not fit together")
-        except Exception as error:  # a damaged file can raise anything
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise BadInput(f"{folder} is damaged ({reason}): {begin}") from None
-        if other:
-            raise BadInput(
-                f"{folder} holds a run with other {', '.join(sorted(other))}: repeat its settings, or {begin}"
-            )
+    def save(self, path):
+        end = self.round * self.s.copies
+        history = [x[:, :end].clone() for x in (self.states, self.actions, self.learner_actions, self.rewards)]
+        optimizers = [self.agents.actor_opt.state_dict(), self.agents.critic_opt.state_dict()]
+        content = dict(settings=self.identity(), round=self.round, history=history)
+        content |= dict(agents=self.agents.state_dict(), optimizers=optimizers)
+        write_atomically(path, lambda file: torch.save(content, file))
+
+    def restore(self, path):
+        """Continues from the last `save`. Raises BadInput if the settings differ."""
+        saved = torch.load(path, map_location=self.device, weights_only=True)
+        if different := [k for k, v in self.identity().items() if saved["settings"].get(k) != v]:
+            raise BadInput(f"{path} holds a collection with another {different[0]}: repeat its settings or delete it")
+        for whole, part in zip((self.states, self.actions, self.learner_actions, self.rewards), saved["history"]):
+            whole[:, : part.shape[1]] = part
+        self.agents.load_state_dict(saved["agents"])
+        for optimizer, state in zip((self.agents.actor_opt, self.agents.critic_opt), saved["optimizers"]):
+            optimizer.load_state_dict(state)
+            optimizer.param_groups[0]["lr"] = self.agents.lr
+        self.round = saved["round"]
 
 
-def collect(name, **given):
-    """Trains one SAC agent for each task of family `name` in one batch and writes the dataset; returns its path.
+def collect(name, **settings):
+    """Trains one SAC agent per task of family `name` and writes the dataset; returns its path.
 
-    `given` are fields of Settings. A run that was stopped goes on by itself. Raises BadInput where `given` makes no
-    sense. Takes about half a minute for point_robot.
+    `settings` are fields of Settings. An interrupted collection continues from its last save. Raises BadInput if the
+    settings make no sense, if the dataset exists, if another process collects it, and if a return is non-finite.
     """
-    s = resolve(name, **given)
-    num = s.train_tasks + s.test_tasks
-    path, part = Path(s.out) / f"{name}.npz", Path(s.out) / f"{name}.part"
-    if path.exists():
-        raise BadInput(f"{path} exists: delete it to collect it anew, or name another folder with --out")
-    run = Collection(s, num)
-    if (part / "agents.pt").exists():
-        run.restore(part)
-        print(f"going on from round {run.round} of {run.rounds}, found in {part}")
-    settings = json.dumps(dataclasses.asdict(s), indent=1).encode()
-    write_atomically(part / "settings.json", lambda file: file.write(settings))  # a wrong folder shows now, not later
-    start = written = time.time()
-    saved = run.round
-    progress = tqdm(total=run.rounds, initial=run.round, desc=f"collect {name}", unit="round", disable=None)
-    try:
-        while run.round < run.rounds:
-            run.live()
-            progress.update()
-            returns = run.rewards[:, (run.round - 1) * s.copies].sum(-1)  # (num,): of the first copies
-            each = f"return {returns.mean():.1f} (worst task {returns.min():.1f}, best {returns.max():.1f})"
-            progress.set_postfix_str(each)
-            if time.time() - written > SAVE_EVERY or run.round == run.rounds:
-                run.save(part, saved)
-                left = (time.time() - written) / (run.round - saved) * (run.rounds - run.round)
-                tqdm.write(f"round {run.round} of {run.rounds}: {each}, {left / 60:.0f} min left")
-                saved, written = run.round, time.time()
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped in round {run.round + 1}: the same command goes on from {saved}") from None
-    progress.close()
-    run.env.close()
-
-    history = run.states[:, :, :-1], run.actions, run.rewards
-    j = np.arange(s.episodes)
-    stored = j * run.rounds // s.episodes * s.copies + j % s.copies  # evenly spaced rounds, the copies in turn
-    history = [x[:, stored] for x in history]  # (num, E, T, ...)
-    with torch.no_grad():
-        labels = run.agents.act(history[0].flatten(1, 2))[0].view_as(history[1])
-    random_return = play(name, run.tasks, None, 20, s.seed + 1, run.device)
-    expert_return = play(name, run.tasks, run.agents, 20, s.seed + 1, run.device)
-    info = {
-        "format": FORMAT,
-        "settings": dataclasses.asdict(s),
-        "versions": {m.__name__: m.__version__ for m in (torch, np, gymnasium, mujoco)},
-    }
-    arrays = {k: v.cpu().numpy() for k, v in zip(("states", "actions", "rewards"), history)}
-    arrays |= dict(tasks=run.tasks, test=np.arange(num) >= s.train_tasks, expert_actions=labels.cpu().numpy())
-    guest = (stored % s.copies == s.copies - 1) & (s.copies > 1) & ((stored // s.copies + 1) * run.T > s.random_steps)
-    arrays |= dict(guest=guest)
-    arrays |= dict(random_return=random_return, expert_return=expert_return)
-    arrays |= dict(curve=run.rewards[:, :: s.copies].sum(-1).cpu().numpy(), info=json.dumps(info))
-    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
-    draw(arrays, path.with_suffix(".png"), s)
-    (part / "agents.pt").unlink()  # first, so that what a kill leaves of the folder is not taken for a run
-    shutil.rmtree(part)
-    summarise(arrays)
-    steps = run.rounds * run.T
-    print(f"{num} agents, {steps - s.random_steps} updates and {steps * s.copies} environment steps each")
-    print(f"wrote {path} and {path.with_suffix('.png')} in {(time.time() - start) / 60:.1f} min")
+    s = Settings(**{"env": name, **PRESETS.get(name, {}), **settings})
+    path = Path(s.out) / f"{name}.npz"
+    with claim(path):
+        if path.exists():
+            raise BadInput(f"{path} exists: delete it to collect it again, or name another folder with --out")
+        arrays = train_agents(s, path.with_suffix(".part"))
+        write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
+        path.with_suffix(".part").unlink(missing_ok=True)
+    random, expert = arrays["random_return"], arrays["expert_return"]
+    print(f"{path}: mean return random {random.mean():.2f}, experts {expert.mean():.2f}, worst expert {expert.min():.2f}")
+    if (expert <= random).any():
+        print(f"experts no better than random, whose scores will be left out: tasks {np.flatnonzero(expert <= random)}")
     return path
 
 
-def summarise(data):
-    """Prints the returns of random and expert by fifths of the tasks, ordered by a single task parameter or else by
-    the expert's return."""
-    one = data["tasks"].shape[1] == 1
-    key = data["tasks"][:, 0] if one else data["expert_return"]
-    print(f"{'task' if one else 'expert'} from .. to    tasks   random   expert    worst     best")
-    everything = np.arange(len(key))
-    for fifth in [f for f in np.array_split(np.argsort(key), 5) if len(f)] + [everything]:
-        random, expert = data["random_return"][fifth], data["expert_return"][fifth]
-        print(
-            f"{key[fifth].min():8.2f} ..{key[fifth].max():8.2f} {len(fifth):7d} {random.mean():8.1f} "
-            f"{expert.mean():8.1f} {expert.min():8.1f} {expert.max():8.1f}"
-        )
+def train_agents(s, part):
+    """Runs a collection, from the file `part` if there is one, and returns the arrays of the dataset."""
+    run = Collection(s, s.train_tasks + s.test_tasks)
+    if part.exists():
+        run.restore(part)
+        print(f"continuing from round {run.round} of {run.rounds}, found in {part}")
+    first, started = run.round, time.time()
+    saved = started
+    progress = tqdm(total=run.rounds, initial=first, desc=f"collect {s.env}", unit="round", disable=None)
+    while run.round < run.rounds:
+        returns = run.run_round()
+        if not returns.isfinite().all():
+            raise BadInput(f"a return of {s.env} became non-finite in round {run.round}: try a smaller --lr")
+        progress.update()
+        progress.set_postfix_str(f"return {returns.mean():.1f}, from {returns.min():.1f} to {returns.max():.1f}")
+        if time.time() - saved > SAVE_EVERY:
+            run.save(part)
+            saved = time.time()
+            left = (saved - started) / (run.round - first) * (run.rounds - run.round)
+            tqdm.write(f"round {run.round}/{run.rounds}: return {returns.mean():.1f}, {left / 60:.0f} min left")
+    progress.close()
+    run.env.close()
+    return select(run)
 
 
-def draw(data, path, s):
-    """Writes the learning curves of all tasks, their mean, and the mean returns of random and expert as a picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    curve = data["curve"]
-    steps = (np.arange(curve.shape[1]) + 1) * ENVS[s.env].horizon
-    fig, ax = plt.subplots(figsize=(7, 4))
-    ranks = np.argsort(np.argsort(data["tasks"][:, 0] if data["tasks"].shape[1] == 1 else data["expert_return"]))
-    for task, rank in enumerate(ranks):
-        ax.plot(steps, curve[task], color=plt.cm.viridis(rank / max(1, len(ranks) - 1)), lw=0.5, alpha=0.7)
-    ax.plot(steps, curve.mean(0), color="black", lw=2, label="mean over tasks")
-    ax.axhline(data["expert_return"].mean(), color="black", ls="--", label="final agents, no noise")
-    ax.axhline(data["random_return"].mean(), color="gray", ls=":", label="random actions")
-    ax.set(xlabel=f"steps of each of {s.copies} copies; one update a step", ylabel="return of an episode", title=s.env)
-    ax.legend()
-    fig.tight_layout()
-    write_atomically(path, lambda file: fig.savefig(file, format="png", dpi=120))
-    plt.close(fig)
+def select(run):
+    """The arrays of the dataset: episodes evenly spaced over the rounds, taken from the copies in turn."""
+    s, made = run.s, run.rounds * run.s.copies
+    j = np.arange(min(s.episodes, made))
+    stored = j * run.rounds // len(j) * s.copies + j % s.copies
+    states, actions, learner, rewards = (
+        x[:, stored] for x in (run.states[:, :, :-1], run.actions, run.learner_actions, run.rewards)
+    )  # (num, E, T, ...)
+    with torch.no_grad():
+        experts = run.agents.act(states.flatten(1, 2))[0].view_as(actions)
+    tensors = dict(states=states, actions=actions, rewards=rewards, expert_actions=experts, learner_actions=learner)
+    arrays = {name: x.cpu().numpy() for name, x in tensors.items()}
+    guest = (stored % s.copies == s.copies - 1) & (s.copies > 1) & ((stored // s.copies + 1) * run.T > s.random_steps)
+    versions = {m.__name__: m.__version__ for m in (torch, np, gymnasium, mujoco)}
+    info = json.dumps({"settings": dataclasses.asdict(s), "versions": versions})
+    arrays |= dict(tasks=run.tasks, test=np.arange(run.num) >= s.train_tasks, guest=guest, info=info)
+    for kind, agents in (("random", None), ("expert", run.agents)):
+        arrays[f"{kind}_return"] = average_return(s.env, run.tasks, agents, 20, s.seed + 1, run.device)
+    return arrays | dict(curve=run.rewards[:, :: s.copies].sum(-1).cpu().numpy())
 
 
-def flops_of_update(family, s):
-    """FLOPs of the matrix products in one agent's update, a policy update in every second one counted half."""
-    actor_input, critic_input = family.obs_dim * s.hidden, (family.obs_dim + family.act_dim) * s.hidden
-    actor = actor_input + s.hidden**2 + s.hidden * 2 * family.act_dim  # weights, so multiply-adds of one transition
-    critic = critic_input + s.hidden**2  # its last layer is no product
-    targets = actor + 2 * critic  # forward
-    critics = 2 * (3 * critic - critic_input)  # forward, backward to weights and to all but the first layer's input
-    policy = 3 * actor - actor_input + 2 * 2 * critic  # the same for the actor; critics forward and to their inputs
-    return 2 * s.batch * (targets + critics + policy / 2)
-
-
-def bench(name, **given):
-    """Prints agent-updates a second of all agents in one batch and of one agent alone, how much of the machine's rate
-    of matrix products the batch reaches, and where its time goes. Takes about a minute."""
-    s = resolve(name, **{**given, "steps": 4 * ENVS[name].horizon, "random_steps": 1, "episodes": 1})
-    num, rates, seconds, threads = s.train_tasks + s.test_tasks, {}, [], torch.get_num_threads()
-    runs = {n: Collection(s, n) for n in (num, 1)}
-    for _ in range(4):  # in turn, so that a busy moment of the machine meets both; the first round warms up
-        for n, run in runs.items():
-            torch.set_num_threads(threads if n > 1 else 1)  # one agent is fastest on one
-            start = time.time()
-            run.live()
-            rates.setdefault(n, []).append(n * run.T / (time.time() - start))
-    torch.set_num_threads(threads)
-    many, one = (statistics.median(rates[n][1:]) for n in runs)
-    a = torch.randn(2 * num, s.batch, s.hidden, dtype=getattr(torch, s.dtype), device=s.device)
-    b = torch.randn(2 * num, s.hidden, s.hidden, dtype=a.dtype, device=s.device)
-    for _ in range(100):  # the critics' hidden layer, alone
-        start = time.time()
-        (a @ b)[0, 0, 0].item()
-        seconds.append(time.time() - start)
-    peak = 2 * a.numel() * s.hidden / statistics.median(seconds)
-    flops = flops_of_update(ENVS[name], s)
-    reached = many * flops / peak
-    print(f"{name}: hidden {s.hidden}, batch {s.batch}, {s.dtype}, environment steps included, medians of 3 rounds")
-    print(f"{num} agents in a batch  {many:6.0f} agent-updates/s")
-    print(f"one agent alone       {one:6.0f} agent-updates/s: the batch is {many / one:.1f} times as fast")
-    print(f"matrix products alone {many / reached:6.0f} agent-updates/s, of which this is {reached:.0%}:")
-    print(f"    {flops / 1e6:.0f} MFLOP an update, and the machine makes {peak / 1e9:.0f} GFLOP/s")
-    run, start, steps = runs[num], time.time(), 20
-    run.env.reset(seed=0)
-    for _ in range(steps):
-        run.env.step(np.zeros(run.env.action_space.shape))
-    parts, total = {"environments": (time.time() - start) / steps}, num / many
-    kinds = {"bmm": "matrix products", "layer_norm": "layer norm", "copy_": "casts and copies", "clamp_min": "ReLU"}
-    kinds |= {"threshold": "ReLU", "adam": "Adam and targets", "lerp": "Adam and targets", "index": "sampling"}
-    with torch.profiler.profile() as profiler:
-        for step in range(steps):
-            run.agents.update(*run.sample(4 * run.T), policy=step % 2 == 0)
-    for event in profiler.key_averages():
-        kind = next((kind for key, kind in kinds.items() if key in event.key), "the rest")
-        microseconds = event.self_cpu_time_total if run.device.type == "cpu" else event.self_device_time_total
-        parts[kind] = parts.get(kind, 0) + microseconds / 1e6 / steps
-    print(f"one step of the batch {1e3 * total:6.1f} ms; its parts, each measured alone:")
-    for kind, t in sorted(parts.items(), key=lambda item: -item[1]):
-        print(f"    {kind:18}{1e3 * t:6.1f} ms")
-
-
-def load(path):
-    """Reads a dataset; returns a dict of the arrays that this module's first lines list, `info` as a dict.
-
-    Raises BadInput where the file is missing, damaged, no dataset, or of another format.
-    """
-    command = f"python collect.py --env {Path(path).stem}"
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            data = {key: arrays[key] for key in arrays.files}
-        data["info"] = json.loads(str(data["info"]))
-        version = data["info"]["format"]
-    except FileNotFoundError:
-        raise BadInput(f"{path} is missing: run {command}") from None
-    except (zipfile.BadZipFile, zlib.error, KeyError, TypeError, ValueError, EOFError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BadInput(f"{path} is damaged or no dataset ({reason}): delete it and run {command}") from None
-    if version != FORMAT:
-        raise BadInput(f"{path} has format {version}, this code reads {FORMAT}: delete it and run {command}")
-    if bad := [key for key, x in data.items() if key != "info" and not np.isfinite(x).all()]:
-        raise BadInput(f"{path} has infinite values or none in {', '.join(bad)}: delete it and run {command}")
-    return data
-
-
-def main(argv):
-    switch = {"action": "store_true"}
-    given = parse_flags(
-        Settings,
-        argv,
-        "Trains a SAC agent for each task, all in one batch, and stores what they lived and learned.",
-        paper={**switch, "help": "the paper's environment steps a task, all copies together: 250k or 1M"},
-        bench={**switch, "help": "measure the speed and stop"},
-    )
-    name = given.pop("env", "point_robot")
-    if given.pop("paper", False):
-        if name not in PAPER_STEPS:
-            raise BadInput(f"--paper is for {' and '.join(PAPER_STEPS)}: the others' defaults go as far")
-        given.setdefault("steps", PAPER_STEPS[name] // max(1, given.get("copies", Settings.copies)))
-    bench(name, **given) if given.pop("bench", False) else collect(name, **given)
-
-
-def command_line(main):
-    """Runs main(flags) as a command: bad input ends in one line and exit code 2, Ctrl-C in one line and 130."""
-    try:
-        main(sys.argv[1:])
-    except (BadInput, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as stopped:
-        print(str(stopped) or "interrupted", file=sys.stderr)
-        sys.exit(130)
+def main():
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--env", default="point_robot")
+    env = first.parse_known_args()[0].env
+    settings = tyro.cli(Settings, default=Settings(**{"env": env, **PRESETS.get(env, {})}), description=__doc__)
+    collect(settings.env, **dataclasses.asdict(settings))
 
 
 if __name__ == "__main__":
-    command_line(main)
+    try:
+        main()
+    except (BadInput, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command continues from the last save")

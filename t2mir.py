@@ -14,14 +14,17 @@ What this model does that a plain causal transformer does not:
 - DPT has queries: states at the end of the sequence that see a prefix of the prompt and themselves, never one another.
 """
 
+import argparse
 import csv
 import dataclasses
 import datetime
+import difflib
 import io
 import json
 import math
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -43,9 +46,59 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from collect import BadInput, check_device, collect, command_line, fast_dtype, flag, load, parse_flags, play
-from collect import write_atomically
+from collect import BadInput, average_return, collect, fast_dtype, load, pick_device, write_atomically
 from envs import ENVS, make_vec, sample_tasks
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def flag(default, text, group=None):
+    """A dataclass field that is also a command line flag: its default and help text in one place.
+
+    `group` begins a new heading of the help, under which the fields that follow stand too.
+    """
+    return dataclasses.field(default=default, metadata={"help": text, "group": group})
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser that raises BadInput instead of printing its usage, and knows what a misspelt flag meant."""
+
+    def error(self, message):
+        wrong = re.search(r"unrecognized arguments: (--\w+)", message)
+        near = difflib.get_close_matches(wrong[1], self._option_string_actions, 1) if wrong else []
+        raise BadInput(message + (f": did you mean {near[0]}?" if near else " (--help lists the flags)"))
+
+
+def parse_flags(cls, argv, description, **extra):
+    """Reads the flags of dataclass `cls` from argv; returns a dict of those that were given.
+
+    `extra` adds flags that are no fields: name=dict of argparse settings. Raises BadInput on a bad flag.
+    """
+    parser = group = Parser(allow_abbrev=False, description=description)
+    for f in dataclasses.fields(cls):
+        if f.metadata["group"]:
+            group = parser.add_argument_group(f.metadata["group"])
+        default = "differs by environment" if f.default is None else f.default
+        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "metavar": f.type.__name__.upper()}
+        text = f.metadata["help"] + f" [{default}]" * (default not in (False, ""))
+        group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **kind)
+    group = parser.add_argument_group("instead of that") if extra else parser
+    for name, settings in extra.items():
+        group.add_argument(f"--{name}", **{"default": argparse.SUPPRESS, **settings})
+    return vars(parser.parse_args(argv))
+
+
+def command_line(main):
+    """Runs main(flags) as a command: bad input ends in one line and exit code 2, Ctrl-C in one line and 130."""
+    try:
+        main(sys.argv[1:])
+    except (BadInput, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as stopped:
+        print(str(stopped) or "interrupted", file=sys.stderr)
+        sys.exit(130)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
@@ -190,7 +243,7 @@ def make_config(env="point_robot", mode="dpt", **given):
     ):
         if wrong:
             raise BadInput(message)
-    check_device(c.device)
+    pick_device(c.device)
     c.dtype = fast_dtype(c.device) if c.dtype == "auto" else c.dtype
     if c.compile and c.dtype != "bfloat16":
         raise BadInput("--compile needs --dtype bfloat16: torch compiles grouped_mm in no other")
@@ -715,8 +768,6 @@ def open_dataset(c):
         print(f"{path} is missing: collecting it now (half a minute for point_robot, the others far longer)")
         collect(c.env, out=c.data)
     data = load(path)
-    if data["info"]["settings"]["env"] != c.env:
-        raise BadInput(f"{path} holds {data['info']['settings']['env']}, not {c.env}: delete it and run again")
     return data
 
 
@@ -848,7 +899,7 @@ def save(path, model, optimizer, batches, step, pending):
 
 def restore(path, device="cpu"):
     """Reads a checkpoint; returns the model (in evaluation mode) and the checkpoint's dict. Raises BadInput."""
-    check_device(device)
+    pick_device(device)
     try:
         content = torch.load(path, map_location=device, weights_only=True)
         if content["format"] != FORMAT:
@@ -1388,7 +1439,7 @@ def act_in_fresh_tasks(run, num_tasks, **given):
     c = model.config = make_config(**{**content["config"], "device": "cpu", **given})
     tasks = sample_tasks(c.env, num_tasks, [c.seed, 2])  # a stream of its own: a dataset's seed is one number
     returns = evaluate(model, tasks, c.eval_episodes, seed=c.seed)
-    random = play(c.env, tasks, None, 1, c.seed, c.device)
+    random = average_return(c.env, tasks, None, 1, c.seed, c.device)
     print(f"{path}: {c.env}, {c.variant}, {num_tasks} fresh tasks of --seed {c.seed}; mean return ± its standard error")
     for name, r in [("random", random), *((f"episode {i}", r) for i, r in enumerate(returns, 1))]:
         print(f"{name:12}{r.mean():9.2f} ± {r.std(ddof=1) / len(r) ** 0.5:.2f}")

@@ -1,6 +1,6 @@
 """How fast do HalfCheetah agents run in each task, and how well do they score? Prints CSV, a row a task.
 
-    python .ci/speeds.py runs/cheetah_vel-t2mir_dpt-seed0 [more runs of the agent] > assets/cheetah_vel-speeds.csv
+    python experiments/speeds.py runs/cheetah_vel-t2mir_dpt-seed0 [more runs of the agent] > assets/cheetah_vel-speeds.csv
 
 Speeds are means over steps 50 to 200 of the second episode in context, in the test tasks and in the training tasks.
 """
@@ -41,7 +41,7 @@ def act(run, tasks):
 runs, data = sys.argv[1:], t2mir.open_dataset(t2mir.make_config("cheetah_vel"))
 low, high, target = data["random_return"], data["expert_return"], data["tasks"][:, 0]
 results = [act(run, data["tasks"]) for run in runs]
-print(f"# python .ci/speeds.py {' '.join(runs)}")
+print(f"# python experiments/speeds.py {' '.join(runs)}")
 print("split,target," + ",".join(f"speed_{i},score_1_{i},score_2_{i}" for i in range(len(runs))))
 for task in np.argsort(target):
     cells = [

@@ -1,6 +1,6 @@
 """Are the stored labels the experts' actions? Clones of them, one a task, must earn what the experts earn.
 
-    python .ci/clone_experts.py data/cheetah_vel.npz [STEPS]
+    python experiments/clone_experts.py data/cheetah_vel.npz [STEPS]
 
 Each clone is fitted to its task's (state, expert action) pairs by least squares alone, in STEPS steps (4000), and then
 plays 20 episodes.
@@ -15,7 +15,7 @@ from torch import nn
 from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from collect import BatchedMLP, load, play  # noqa: E402
+from collect import BatchedMLP, average_return, load  # noqa: E402
 
 
 class Clones(nn.Module):
@@ -42,8 +42,8 @@ for step in trange(steps, desc="clone", disable=None):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-name, random, expert = data["info"]["settings"]["env"], data["random_return"], data["expert_return"]
-cloned = play(name, data["tasks"], clones, 20, 2, "cpu")
+name, random, expert = Path(sys.argv[1]).stem, data["random_return"], data["expert_return"]
+cloned = average_return(name, data["tasks"], clones, 20, 2, "cpu")
 score = (cloned - random) / (expert - random)
 print(f"{name}: mean squared error of an action {loss.item() / len(states):.4f}")
 print(f"return, mean over tasks: random {random.mean():.1f}, expert {expert.mean():.1f}, clone {cloned.mean():.1f}")

@@ -1,6 +1,6 @@
 """Kills training, checkpoint writes and collection with SIGKILL, 20 times each, and checks what is left.
 
-    python .ci/kill.py
+    python experiments/kill.py
 
 After each kill every file must be readable and at most one interval lost; in the end, after all the kills and resumes,
 the log (or the dataset) must be that of a run left alone. Last, both meet a full disk (a small tmpfs, so as root).
