@@ -58,13 +58,15 @@ if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
     libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files: written atomically, used by one process at a time, checked when they are read
-
+# ---- Files: written atomically, used by one process at a time, checked when they are read ----------------------------
 
 class BadInput(ValueError):
     """Input that cannot work. The message is one line that says what is wrong and what to do."""
 
+def require(condition, message):
+    """Raises BadInput with `message` unless `condition` holds."""
+    if not condition:
+        raise BadInput(message)
 
 def write_atomically(path, write):
     """Calls write(file) on a temporary file and renames it to `path`, which is always the old file or the new one."""
@@ -78,7 +80,6 @@ def write_atomically(path, write):
         if temporary.exists():
             temporary.unlink()
         raise BadInput(f"{path} cannot be written ({str(error).splitlines()[0]})") from None
-
 
 @contextmanager
 def claim(path):
@@ -94,9 +95,8 @@ def claim(path):
     finally:
         lock.release()
 
-
 def load(path):
-    """Reads and checks a dataset; returns its arrays as a dict, with the file's hash as `fingerprint`.
+    """Reads and checks a dataset; returns a dict: its arrays, the file's `fingerprint`, and if there is a `simulator`.
 
     Raises BadInput if the file is missing or damaged, or if an array is missing or is not what it should be.
     """
@@ -111,41 +111,30 @@ def load(path):
         raise BadInput(f"{path} is missing: collect.py begins with the list of the arrays that it should hold") from None
     except (zipfile.BadZipFile, zlib.error, AttributeError, TypeError, ValueError, EOFError, OSError) as error:
         raise BadInput(f"{path} is damaged or not a dataset ({str(error).splitlines()[0]})") from None
-    missing = [name for name in ("states", "actions", "rewards", "test") if name not in data]
-    if missing:
-        raise BadInput(f"{path} has no array `{missing[0]}`: collect.py begins with the list of arrays")
-    if data["rewards"].ndim != 3:
-        raise BadInput(f"{path}: `rewards` must have shape (tasks, episodes, steps), not {data['rewards'].shape}")
-    N, E, T = data["rewards"].shape
-    sizes = {"N": N, "E": E, "T": T, "obs_dim": data["states"].shape[-1], "act_dim": data["actions"].shape[-1]}
-    if path.stem in ENVS:
-        family = ENVS[path.stem]
+    for name in ("states", "actions", "rewards", "test"):
+        require(name in data, f"{path} has no array `{name}`: collect.py begins with the list of arrays")
+    shape = data["rewards"].shape
+    require(len(shape) == 3, f"{path}: `rewards` must have shape (tasks, episodes, steps), not {shape}")
+    sizes = dict(zip("NET", shape), obs_dim=data["states"].shape[-1], act_dim=data["actions"].shape[-1])
+    if family := ENVS.get(path.stem):
         sizes |= {"T": family.horizon, "obs_dim": family.obs_dim, "act_dim": family.act_dim}
-    shapes = {"rewards": "N E T", "states": "N E T obs_dim", "test": "N", "guest": "E"}
+    shapes = {"states": "N E T obs_dim", "rewards": "N E T", "test": "N", "guest": "E"}
     shapes |= dict.fromkeys(("actions", "expert_actions", "learner_actions"), "N E T act_dim")
     shapes |= dict.fromkeys(("random_return", "expert_return"), "N")
     for name in shapes.keys() & data.keys():
-        shape = tuple(sizes[size] for size in shapes[name].split())
-        if data[name].shape != shape:
-            raise BadInput(f"{path}: `{name}` must have shape ({shapes[name]}) = {shape}, not {data[name].shape}")
-        if data[name].dtype.kind not in "fiub":
-            raise BadInput(f"{path}: `{name}` must hold numbers, not {data[name].dtype}")
-        if not np.isfinite(data[name]).all():
-            raise BadInput(f"{path}: `{name}` has non-finite values")
-        if "actions" in name and abs(data[name]).max() > 1 + 1e-6:
-            raise BadInput(f"{path}: `{name}` must lie in [-1, 1]: divide them by the largest action of your robot")
-        if name in ("test", "guest"):
-            data[name] = data[name].astype(bool)
-        elif "return" not in name:
-            data[name] = data[name].astype(np.float32)
-    if data["test"].all() or not data["test"].any():
-        raise BadInput(f"{path}: `test` must mark at least one task, and leave at least one to train on")
-    return {**data, "fingerprint": fingerprint}
+        x, shape = data[name], tuple(sizes[size] for size in shapes[name].split())
+        require(x.shape == shape, f"{path}: `{name}` must have shape ({shapes[name]}) = {shape}, not {x.shape}")
+        require(x.dtype.kind in "fiub", f"{path}: `{name}` must hold numbers, not {x.dtype}")
+        require(np.isfinite(x).all(), f"{path}: `{name}` has non-finite values")
+        inside = "actions" not in name or abs(x).max() <= 1 + 1e-6
+        require(inside, f"{path}: `{name}` must lie in [-1, 1]: divide by the largest action of your robot")
+        data[name] = x.astype({"test": bool, "guest": bool}.get(name, np.float64 if "return" in name else np.float32))
+    both = 0 < data["test"].sum() < len(data["test"])
+    require(both, f"{path}: `test` must mark at least one task, and leave at least one to train on")
+    simulator = path.stem in ENVS and {"tasks", "random_return", "expert_return"} <= data.keys()
+    return {**data, "fingerprint": fingerprint, "simulator": simulator}
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Settings
-
+# ---- Settings --------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Settings:
@@ -166,7 +155,8 @@ class Settings:
     random_steps: int = 800  # steps with uniformly random actions before learning starts
     train_tasks: int = 45  # tasks to train in-context agents on
     test_tasks: int = 15  # tasks held out for their evaluation
-    episodes: int = 400  # episodes stored per task, evenly spaced over the run; at most those that were made
+    episodes: int = 400  # episodes stored per task, evenly spaced over the history; at most those that were made
+    history: float = 1.0  # part of the run that is stored; in the rest the agents only become better experts
     seed: int = 0  # random seed, which also draws the tasks
     device: str = "auto"  # cpu, cuda, or auto: cuda if there is one
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # of the hidden layers' matrix products
@@ -175,20 +165,17 @@ class Settings:
     def __post_init__(self):
         self.device = pick_device(self.device)
         self.dtype = fast_dtype(self.device) if self.dtype == "auto" else self.dtype
-        if self.env not in ENVS:
-            raise BadInput(f"unknown --env {self.env}: choose one of {', '.join(ENVS)}")
+        require(self.env in ENVS, f"unknown --env {self.env}: choose one of {', '.join(ENVS)}")
         for f in dataclasses.fields(self):
-            least, value = 0 if f.name in ("seed", "temperature") else 1e-12, getattr(self, f.name)
-            if f.type in (int, float) and not least <= value < float("inf"):
-                raise BadInput(f"--{f.name} {value} must be {'at least 0' if least == 0 else 'positive'} and finite")
+            low, value = 0 if f.name in ("seed", "temperature") else 1e-12, getattr(self, f.name)
+            fits = f.type not in (int, float) or low <= value < float("inf")
+            require(fits, f"--{f.name} {value} must be {'positive' if low else 'at least 0'} and finite")
+        require(self.gamma < 1, f"--gamma {self.gamma} must be below 1")
+        require(self.tau <= 1, f"--tau {self.tau} must be at most 1")
+        require(self.history <= 1, f"--history {self.history} must be at most 1")
         T = ENVS[self.env].horizon
-        if self.gamma >= 1 or self.tau > 1:
-            raise BadInput(f"--gamma {self.gamma} must be below 1 and --tau {self.tau} at most 1")
-        if self.n_step > T:
-            raise BadInput(f"--n_step {self.n_step} is longer than an episode of {T} steps")
-        if self.steps // T * T <= self.random_steps:
-            raise BadInput(f"--steps {self.steps} leaves nothing to learn after --random_steps {self.random_steps}")
-
+        learns = self.steps // T * T > self.random_steps
+        require(learns, f"--steps {self.steps} leaves nothing to learn after --random_steps {self.random_steps}")
 
 # How the MuJoCo recipes were found: experiments/RESULTS.md, "Collection". Point-Robot acts randomly for the first third
 # of its run, because an in-context agent also moves randomly when it meets a new task.
@@ -197,7 +184,6 @@ PRESETS = {
     "cheetah_vel": dict(MUJOCO, lr=3e-3, critic_norm=False, steps=24_000),
     "walker_param": dict(MUJOCO, lr=2e-3, n_step=3, recency=4.0, temperature=0.2, steps=48_000),
 }
-
 
 def pick_device(name):
     """The device called `name`; auto is cuda where there is one. Raises BadInput if torch cannot use it."""
@@ -208,17 +194,13 @@ def pick_device(name):
         raise BadInput(f"--device {name} does not work here ({str(error).splitlines()[0]})") from None
     return name
 
-
 def fast_dtype(device):
     """bfloat16 where `device` has instructions for its matrix products, else float32."""
     cpu = torch.cpu.get_capabilities()
     native = cpu.get("avx512_bf16") or cpu.get("amx_bf16") if torch.device(device).type == "cpu" else True
     return "bfloat16" if native else "float32"
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Soft actor-critic for many agents at once
-
+# ---- Soft actor-critic for many agents at once -----------------------------------------------------------------------
 
 class BatchedMLP(nn.Module):
     """`num` independent multi-layer perceptrons evaluated at once: (num, B, sizes[0]) -> (num, B, sizes[-1]) float32.
@@ -243,7 +225,6 @@ class BatchedMLP(nn.Module):
         if last_weight.shape[-1] == 1:  # a critic: faster than a matrix product with a single column
             return (x * last_weight.mT.to(self.dtype)).sum(-1, keepdim=True, dtype=last_bias.dtype) + last_bias
         return torch.baddbmm(last_bias, x.to(last_weight.dtype), last_weight)
-
 
 class BatchedSAC(nn.Module):
     """Soft actor-critic (Haarnoja et al. 2018) for `num` agents at once, one per task, which share nothing.
@@ -320,7 +301,6 @@ class BatchedSAC(nn.Module):
         with torch.no_grad():
             torch._foreach_lerp_(list(self.target.parameters()), list(self.critic.parameters()), self.s.tau)
 
-
 @torch.no_grad()
 def average_return(name, tasks, agents, copies, seed, device):
     """Mean return of each task over `copies` episodes, (num_tasks,): noiseless `agents`, or random actions if None."""
@@ -339,10 +319,7 @@ def average_return(name, tasks, agents, copies, seed, device):
     env.close()
     return returns.reshape(len(tasks), copies).mean(1)
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Collection
-
+# ---- Collection ------------------------------------------------------------------------------------------------------
 
 class Collection:
     """All agents of one family, their environments and their histories.
@@ -435,7 +412,7 @@ class Collection:
 
     def identity(self):
         """The settings that decide how a collection goes: only one with the same settings may continue it."""
-        return {k: v for k, v in dataclasses.asdict(self.s).items() if k not in ("episodes", "device", "out")}
+        return {k: v for k, v in dataclasses.asdict(self.s).items() if k not in ("episodes", "history", "device", "out")}
 
     def save(self, path):
         end = self.round * self.s.copies
@@ -448,8 +425,9 @@ class Collection:
     def restore(self, path):
         """Continues from the last `save`. Raises BadInput if the settings differ."""
         saved = torch.load(path, map_location=self.device, weights_only=True)
-        if different := [k for k, v in self.identity().items() if saved["settings"].get(k) != v]:
-            raise BadInput(f"{path} holds a collection with another {different[0]}: repeat its settings or delete it")
+        for key, value in self.identity().items():
+            same = saved["settings"].get(key) == value
+            require(same, f"{path} holds a collection with another {key}: repeat its settings, or delete it")
         for whole, part in zip((self.states, self.actions, self.learner_actions, self.rewards), saved["history"]):
             whole[:, : part.shape[1]] = part
         self.agents.load_state_dict(saved["agents"])
@@ -457,7 +435,6 @@ class Collection:
             optimizer.load_state_dict(state)
             optimizer.param_groups[0]["lr"] = self.agents.lr
         self.round = saved["round"]
-
 
 def collect(name, **settings):
     """Trains one SAC agent per task of family `name` and writes the dataset; returns its path.
@@ -468,8 +445,7 @@ def collect(name, **settings):
     s = Settings(**{"env": name, **PRESETS.get(name, {}), **settings})
     path = Path(s.out) / f"{name}.npz"
     with claim(path):
-        if path.exists():
-            raise BadInput(f"{path} exists: delete it to collect it again, or name another folder with --out")
+        require(not path.exists(), f"{path} exists: delete it to collect it again, or name another folder with --out")
         arrays = train_agents(s, path.with_suffix(".part"))
         write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
         path.with_suffix(".part").unlink(missing_ok=True)
@@ -478,7 +454,6 @@ def collect(name, **settings):
     if (expert <= random).any():
         print(f"experts no better than random, whose scores will be left out: tasks {np.flatnonzero(expert <= random)}")
     return path
-
 
 def train_agents(s, part):
     """Runs a collection, from the file `part` if there is one, and returns the arrays of the dataset."""
@@ -491,8 +466,7 @@ def train_agents(s, part):
     progress = tqdm(total=run.rounds, initial=first, desc=f"collect {s.env}", unit="round", disable=None)
     while run.round < run.rounds:
         returns = run.run_round()
-        if not returns.isfinite().all():
-            raise BadInput(f"a return of {s.env} became non-finite in round {run.round}: try a smaller --lr")
+        require(returns.isfinite().all(), f"a return became non-finite in round {run.round}: try a smaller --lr")
         progress.update()
         progress.set_postfix_str(f"return {returns.mean():.1f}, from {returns.min():.1f} to {returns.max():.1f}")
         if time.time() - saved > SAVE_EVERY:
@@ -504,12 +478,11 @@ def train_agents(s, part):
     run.env.close()
     return select(run)
 
-
 def select(run):
-    """The arrays of the dataset: episodes evenly spaced over the rounds, taken from the copies in turn."""
-    s, made = run.s, run.rounds * run.s.copies
-    j = np.arange(min(s.episodes, made))
-    stored = j * run.rounds // len(j) * s.copies + j % s.copies
+    """The arrays of the dataset: episodes evenly spaced over the history's rounds, taken from the copies in turn."""
+    s, rounds = run.s, max(1, int(run.rounds * run.s.history))
+    j = np.arange(min(s.episodes, rounds * s.copies))
+    stored = j * rounds // len(j) * s.copies + j % s.copies
     states, actions, learner, rewards = (
         x[:, stored] for x in (run.states[:, :, :-1], run.actions, run.learner_actions, run.rewards)
     )  # (num, E, T, ...)
@@ -525,14 +498,12 @@ def select(run):
         arrays[f"{kind}_return"] = average_return(s.env, run.tasks, agents, 20, s.seed + 1, run.device)
     return arrays | dict(curve=run.rewards[:, :: s.copies].sum(-1).cpu().numpy())
 
-
 def main():
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--env", default="point_robot")
     env = first.parse_known_args()[0].env
     settings = tyro.cli(Settings, default=Settings(**{"env": env, **PRESETS.get(env, {})}), description=__doc__)
     collect(settings.env, **dataclasses.asdict(settings))
-
 
 if __name__ == "__main__":
     try:

@@ -40,7 +40,8 @@ class TaskVec(VectorEnv):
         if self.tasks.ndim != 2 or self.tasks.shape[1] != self.task_dim or not len(self.tasks):
             raise ValueError(f"{self.id}: tasks must have shape (num_tasks, {self.task_dim}), got {self.tasks.shape}")
         self.num_envs = len(self.tasks)
-        self.threads = min(os.cpu_count() if threads is None else threads, self.num_envs)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self.threads = min(cores if threads is None else threads, cores, self.num_envs)  # no more than may be used
         self.single_observation_space = Box(-np.inf, np.inf, (self.obs_dim,), np.float32)
         self.single_action_space = Box(-1.0, 1.0, (self.act_dim,), np.float32)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
@@ -226,7 +227,7 @@ def sample_tasks(name, num_tasks, seed):
 def make_vec(name, tasks, threads=None):
     """The batched environment of family `name`: one sub-environment for each row of `tasks` (repeat rows for copies).
 
-    `threads` is the size of MuJoCo's thread pool, by default one a core; PointRobot needs none.
+    `threads` is the size of MuJoCo's thread pool, by default and at most one per usable core; PointRobot needs none.
     """
     return ENVS[name](tasks, threads)
 

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,22 +23,22 @@ import mujoco
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from gymnasium.utils.env_checker import check_env
 from torch import distributions
 from torch.utils.flop_counter import FlopCounterMode
 
 import t2mir
 from collect import PRESETS, BadInput, BatchedSAC, Collection, Settings, claim, collect, load, write_atomically
-from envs import ENVS, make_vec, sample_tasks
+from envs import ENVS, TaskVec, make_vec, sample_tasks
 from experiments.bench_collect import flops_of_update
-from t2mir import T2MIR, Batches, Config, TaskMoE, TokenMoE, command_line, evaluate, make_config, parse_flags
+from t2mir import BACKBONES, T2MIR, Config, TaskMoE, TokenMoE, evaluate, prefix_mean
 
 torch.set_num_threads(1)  # the sizes are so small that a second thread would only wait for the first
 pytestmark = pytest.mark.filterwarnings("ignore:.*Box observation space")  # unbounded observations are meant
 
 HERE = Path(__file__).parent
 GYMNASIUM = {"cheetah_vel": "HalfCheetah-v5", "walker_param": "Walker2d-v5"}  # where the models come from
+MODES = list(BACKBONES)
 double = torch.float64
 
 
@@ -54,38 +53,49 @@ def folder(tmp_path_factory):
     out = str(tmp_path_factory.mktemp("data"))
     tiny = dict(out=out, hidden=16, batch=16, copies=2, seed=3)
     collect("point_robot", steps=200, random_steps=130, episodes=8, train_tasks=5, test_tasks=2, **tiny)
-    for name in GYMNASIUM:
-        collect(name, steps=400, random_steps=385, episodes=3, train_tasks=2, test_tasks=1, **tiny)
+    for name in (name for name in ENVS if name != "point_robot"):
+        T = ENVS[name].horizon
+        given = dict(steps=2 * T, random_steps=max(T, 2 * T - 15), episodes=3)
+        collect(name, **given, train_tasks=2, test_tasks=1, **tiny)
     return out
 
 
-def tiny(mode, **given):
+def tiny(mode, env="point_robot", **given):
     """A config small enough for a test, with a T2MIR layer in every block and no dropout."""
     sizes = dict(d_model=16, n_layers=2, n_heads=2, dropout=0.0, moe_layers="all", token_experts=4, task_experts=5)
-    return make_config(
-        "point_robot", mode, **{**sizes, "context": 3, "queries": 6, "batch": 8, "explore": 0.0, "noise": 0.0, **given}
-    )
+    sizes |= dict(context=3, queries=6, batch=8, explore=0.0, noise=0.0, device="cpu", stride=1, dtype="float32")
+    return t2mir.preset(env, mode, **{**sizes, **given})
+
+
+def sizes_of(name):
+    """What T2MIR must know of a family and its dataset."""
+    family = ENVS[name]
+    return dict(obs_dim=family.obs_dim, act_dim=family.act_dim, horizon=family.horizon, num_tasks=5)
 
 
 def tiny_model(mode, **given):
     """A fresh model in evaluation mode whose actions differ clearly from token to token."""
     torch.manual_seed(0)
-    model = T2MIR(tiny(mode, **given), torch.tensor([0.3, -0.2]), torch.tensor([0.5, 0.7])).eval()
+    mean, std = torch.tensor([0.3, -0.2]), torch.tensor([0.5, 0.7])
+    model = T2MIR(tiny(mode, **given), sizes_of("point_robot"), mean, std).eval()
     model.head.weight.data *= 2
     return model
 
 
-@pytest.fixture(autouse=True)
-def grouped_mm_in_float64(monkeypatch):
-    """torch's has no float64, in which most comparisons here are made: in that type, and only there, a plain loop."""
-    theirs = F.grouped_mm
+def training_arrays(folder, name="point_robot"):
+    """The arrays of a dataset's training tasks, as a backbone draws from them."""
+    data = load(f"{folder}/{name}.npz")
+    return t2mir.tensors(data, ~data["test"], "cpu")
 
-    def grouped_mm(x, w, *, offs):
-        if x.dtype != double:
-            return theirs(x, w, offs=offs)
-        return torch.cat([rows @ w[i] for i, rows in enumerate(x.tensor_split(offs[:-1].tolist()))])
 
-    monkeypatch.setattr(F, "grouped_mm", grouped_mm)
+def draw(c, x, step=0, seed=0):
+    """A batch of the backbone of `c`."""
+    torch.manual_seed(seed)
+    return BACKBONES[c.mode].batch(c, x, step, c.batch)
+
+
+def in_double(batch):
+    return {key: x.double() if x.is_floating_point() else x for key, x in batch.items()}
 
 
 def near(a, b, tolerance=1e-10):
@@ -348,11 +358,13 @@ def test_dataset_holds_what_it_says(name, folder):
     f4, f8 = np.float32, np.float64
     expected = {
         "tasks": ((N, family.task_dim), f8), "test": ((N,), np.bool_), "states": ((N, E, T, o), f4),
-        "actions": ((N, E, T, a), f4), "learner_actions": ((N, E, T, a), f4), "rewards": ((N, E, T), f4), "expert_actions": ((N, E, T, a), f4),
+        "actions": ((N, E, T, a), f4), "learner_actions": ((N, E, T, a), f4), "rewards": ((N, E, T), f4),
+        "expert_actions": ((N, E, T, a), f4),
         "guest": ((E,), np.bool_),
         "random_return": ((N,), f8), "expert_return": ((N,), f8), "curve": ((N, 10 if train == 5 else 2), f4),
     }  # fmt: skip
     info, fingerprint = json.loads(str(data.pop("info"))), data.pop("fingerprint")
+    assert data.pop("simulator") is True
     assert len(fingerprint) == 64
     assert {key: (array.shape, array.dtype.type) for key, array in data.items()} == expected
     assert all(np.isfinite(array).all() for array in data.values())
@@ -411,7 +423,7 @@ def test_a_stopped_collection_goes_on_as_if_it_had_not_stopped(folder, tmp_path,
     again = load(collect(name, **given))
     assert rounds == [1, 2, 3, 4, 5, "stop", 5, 6, "stop", 7, 8, 9, 10] and not part.exists()
     for key, array in whole.items():
-        if key not in ("info", "fingerprint"):
+        if key not in ("info", "fingerprint", "simulator"):
             np.testing.assert_array_equal(again[key], array, err_msg=key)
     with pytest.raises(BadInput, match="exists"):  # a finished dataset is not collected over
         collect(name, **given)
@@ -568,55 +580,116 @@ def slow_experts(experts, h, gates):
     return torch.stack([sum(g * (gelu(x @ w1[i]) @ w2[i]) for i, g in gate.items()) for x, gate in zip(h, gates)])
 
 
-def slow_balance(moe, gates, clean, noisy, sigma):
-    """w_imp CV(Imp)^2 + w_load CV(Load)^2, token by token and expert by expert."""
+def slow_cv_squared(numbers):
+    x = torch.stack(numbers)
+    return ((x - x.mean()) ** 2).mean() / x.mean() ** 2
+
+
+def slow_balance(k, gates, clean, noisy, sigma):
+    """CV(Imp)^2 and CV(Load)^2, token by token and expert by expert."""
     num = clean.shape[1]
-    importance = [sum(gate[i] for gate in gates if i in gate) for i in range(num)]
-    load = [0.0] * num
+    zero = torch.zeros((), dtype=clean.dtype)
+    importance = [sum((gate[i] for gate in gates if i in gate), zero) for i in range(num)]
+    load = [zero] * num
     for c, x, s in zip(clean, noisy, sigma):
         for i in range(num):
-            bar = sorted((x[j] for j in range(num) if j != i), reverse=True)[moe.top_k - 1]
+            bar = sorted((x[j] for j in range(num) if j != i), reverse=True)[k - 1]
             load[i] = load[i] + (1 + torch.erf((c[i] - bar) / s[i] / math.sqrt(2))) / 2
-    cv = [((x - x.mean()) ** 2).mean() / x.mean() ** 2 for x in map(torch.stack, (importance, load))]
-    return moe.w_imp * cv[0] + moe.w_load * cv[1]
+    return slow_cv_squared(importance), slow_cv_squared(load)
+
+
+def slow_info_nce(z, keys, W, ids):
+    """InfoNCE, pair by pair."""
+    losses = []
+    for i in range(len(ids)):
+        positive = negative = 0.0
+        for j in range(len(ids)):
+            score = (z[i] @ W @ keys[j]).exp()
+            if ids[j] != ids[i]:
+                negative = negative + score
+            elif j != i:
+                positive = positive + score
+        losses.append(-(positive / (positive + negative)).log())
+    return sum(losses) / len(ids)
+
+
+def balance(routing):
+    """CV(Imp)^2 and CV(Load)^2 of a Routing, as the model computes them."""
+    return t2mir.cv_squared(routing.usage()), t2mir.cv_squared(routing.load.flatten(0, -2).sum(0))
+
+
+@pytest.mark.parametrize("kind, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 2e-2)])
+def test_grouped_products_equal_one_product_for_each_row(kind, tolerance):
+    """Values and gradients of multiply_by_expert are those of a loop over rows, for every type and thus both paths.
+
+    A float64 product takes the loop over experts, the other types torch's grouped_mm. Some experts have no rows.
+    """
+    torch.manual_seed(0)
+    expert = torch.tensor([1] * 5 + [2] + [4] * 7)  # experts 0, 3 and 5 have none
+    ends = torch.tensor([int((expert <= i).sum()) for i in range(6)], dtype=torch.int32)
+    x, weights, grad = (torch.randn(size).to(kind) for size in ((13, 16), (6, 16, 8), (13, 8)))
+    results = []
+    for exact in (False, True):
+        a, w = ((z.double() if exact else z).clone().requires_grad_() for z in (x, weights))
+        y = torch.stack([a[n] @ w[i] for n, i in enumerate(expert)]) if exact else t2mir.multiply_by_expert(a, w, ends)
+        results.append([z.double() for z in (y, *torch.autograd.grad(y, (a, w), grad.to(y.dtype)))])
+    for fast, slow in zip(*results):
+        assert (fast - slow).abs().max() <= tolerance * slow.abs().max()
 
 
 @pytest.mark.parametrize("kind", ["token", "token, training", "task"])
 def test_moe_equals_a_loop_over_tokens(kind):
     """Outputs, balance loss and all gradients (inputs, routers, experts) equal those of the loops above, in float64."""
     torch.manual_seed(0)
-    h, h_mean, weight = (torch.randn(30, d, dtype=double) for d in (8, 8, 4))
+    shape, k = (3, 10), 2
+    h, h_mean, weight = (torch.randn(*shape, d, dtype=double) for d in (8, 8, 8))
     if kind == "task":
-        moe = TaskMoE(8, 4, 8, num_experts=5, top_k=2).double()
-        router, inputs = moe.router.weight, [h, h_mean]
+        moe = TaskMoE(8, 16, 8, num_experts=5, top_k=k).double()
+        inputs = [h, h_mean]
     else:
-        moe = TokenMoE(8, 4, 8, num_experts=5, top_k=2, w_imp=3, w_load=7).double().train(kind != "token")
-        router, inputs = moe.router.weight, [h]
+        moe = TokenMoE(8, 16, 8, num_experts=5, top_k=k).double().train(kind != "token")
+        inputs = [h]
+    router = moe.router.logits.weight
     wanted = [x.requires_grad_() for x in inputs] + [router, moe.experts.w1, moe.experts.w2]
-    wanted += [moe.W_noise.weight] if kind == "token, training" else []
+    wanted += [moe.router.noise.weight] if kind == "token, training" else []
     torch.manual_seed(1)
-    y, balance = (moe(h, h_mean), torch.zeros((), dtype=double)) if kind == "task" else moe(h)
-    got = torch.autograd.grad((y * weight).sum() + balance, wanted)
+    y, routing = moe(*inputs)
+    fast = (y * weight).sum()
+    if kind == "token, training":
+        importance, load = balance(routing)
+        fast = fast + 3 * importance + 7 * load
+    got = torch.autograd.grad(fast, wanted)
 
-    clean = noisy = inputs[-1] @ router.T
+    rows = [x.flatten(0, 1) for x in inputs]
+    clean = noisy = rows[-1] @ router.T
     if kind == "token, training":
         torch.manual_seed(1)
-        sigma = torch.log(1 + torch.exp(h @ moe.W_noise.weight.T)) + 1e-2
-        noisy = clean + torch.randn(30, 5, dtype=double) * sigma
-    gates = slow_gates(noisy, 2)
-    slow_y, slow_b = slow_experts(moe.experts, h, gates), torch.zeros((), dtype=double)
+        sigma = torch.log(1 + torch.exp(rows[0] @ moe.router.noise.weight.T)) + 1e-2
+        noisy = clean + torch.randn(*shape, 5, dtype=double).flatten(0, 1) * sigma
+    gates = slow_gates(noisy, k)
+    slow_y = slow_experts(moe.experts, rows[0], gates)
+    slow = (slow_y * weight.flatten(0, 1)).sum()
     if kind == "token, training":
-        slow_b = slow_balance(moe, gates, clean, noisy, sigma)
-        assert slow_b > 0.05
-    near((y, balance), (slow_y, slow_b), 1e-8)
-    near(got, torch.autograd.grad((slow_y * weight).sum() + slow_b, wanted), 1e-8)
+        importance, load = slow_balance(k, gates, clean, noisy, sigma)
+        assert importance > 1e-3 and load > 1e-3
+        slow = slow + 3 * importance + 7 * load
+    else:
+        assert routing.load is None
+    near(y.flatten(0, 1), slow_y, 1e-8)
+    near(routing.logits.flatten(0, 1), clean, 1e-12)
+    near(routing.usage(), sum(torch.stack([g.get(i, torch.zeros(()).double()) for i in range(5)]) for g in gates), 1e-8)
+    near(fast, slow, 1e-8)
+    near(got, torch.autograd.grad(slow, wanted), 1e-8)
 
+    moe.eval()
+    gates = slow_gates(clean, k)
     for n in range(5):  # a token leaves no gradient in the experts that it was not sent to
-        (g,) = torch.autograd.grad((moe(h, h_mean) if kind == "task" else moe.eval()(h)[0])[n].sum(), moe.experts.w1)
-        assert set(g.flatten(1).any(1).nonzero().flatten().tolist()) == set(slow_gates(clean, 2)[n])
+        (g,) = torch.autograd.grad(moe(*inputs)[0].flatten(0, 1)[n].sum(), moe.experts.w1)
+        assert set(g.flatten(1).any(1).nonzero().flatten().tolist()) == set(gates[n])
+    near(moe(*inputs, slice(1, None, 3))[0], moe(*inputs)[0][:, 1::3])  # selected tokens are computed as before
 
-    in_float32 = moe.float()(h.float(), h_mean.float()) if kind == "task" else moe.float()(h.float())[0]
-    near(in_float32.double(), slow_experts(moe.experts, h.float(), slow_gates(clean.float(), 2)).double(), 1e-5)
+    in_float32 = moe.float()(*(x.float() for x in inputs))[0].flatten(0, 1)
+    near(in_float32.double(), slow_experts(moe.experts, rows[0].float(), slow_gates(clean.float(), k)).double(), 1e-5)
 
 
 def test_load_is_a_probability():
@@ -634,96 +707,141 @@ def test_load_is_a_probability():
 
 
 def test_balance_terms_reach_the_router_each_alone():
-    """CV^2 is variance over squared mean; importance alone and load alone give the router and W_noise a gradient."""
+    """CV^2 is variance over squared mean; importance alone and load alone give the router and its noise a gradient."""
     x = np.random.default_rng(0).uniform(1, 5, 7)
     assert t2mir.cv_squared(torch.tensor(x)).item() == pytest.approx(x.var() / x.mean() ** 2, rel=1e-8)
     assert t2mir.cv_squared(torch.full((4,), 3.0)).item() == 0
     torch.manual_seed(0)
-    for weights in ((1.0, 0.0), (0.0, 1.0)):
-        moe = TokenMoE(8, 4, 8, 5, 2, *weights)
-        moe(torch.randn(30, 8))[1].backward()
-        assert moe.router.weight.grad.abs().max() > 1e-3 and moe.W_noise.weight.grad.abs().max() > 1e-4
+    for term in (0, 1):
+        moe = TokenMoE(8, 16, 8, 5, 2)
+        balance(moe(torch.randn(3, 10, 8))[1])[term].backward()
+        assert moe.router.logits.weight.grad.abs().max() > 1e-3 and moe.router.noise.weight.grad.abs().max() > 1e-4
         assert moe.experts.w1.grad is None
 
 
 @pytest.mark.parametrize("sequences", [2, 4])
 def test_info_nce_equals_a_double_loop(sequences):
-    """Value and gradients, of the layer's own loss too: the keys are constants, their router learns nothing."""
+    """Value and gradients are those of a loop over pairs; the keys are constants and their router learns nothing."""
     torch.manual_seed(0)
     ids = torch.arange(3).repeat(sequences)[torch.randperm(3 * sequences)]
-    moe = TaskMoE(6, 4, 7, num_experts=5, top_k=2).double()
+    moe = TaskMoE(6, 16, 7, num_experts=5, top_k=2).double()
     torch.nn.init.normal_(moe.key_router.weight)
     torch.nn.init.normal_(moe.W)
     h = torch.randn(len(ids), 6, dtype=double, requires_grad=True)
-    z, keys = h @ moe.router.weight.T, (h @ moe.key_router.weight.T).detach()
-    losses = []
-    for i in range(len(ids)):
-        positive = negative = 0.0
-        for j in range(len(ids)):
-            score = (z[i] @ moe.W @ keys[j]).exp()
-            if ids[j] != ids[i]:
-                negative = negative + score
-            elif j != i:
-                positive = positive + score
-        losses.append(-(positive / (positive + negative)).log())
-    slow, wanted = sum(losses) / len(ids), [h, moe.router.weight, moe.W]
-    expected = torch.autograd.grad(slow, wanted, retain_graph=True)
-    for fast in (t2mir.info_nce(z, keys, moe.W, ids), moe.contrast(h, ids)):
-        near(fast, slow)
-        near(torch.autograd.grad(fast, wanted, retain_graph=True), expected)
-    moe.contrast(h, ids).backward()
+    router = moe.router.logits.weight
+    slow = slow_info_nce(h @ router.T, (h @ moe.key_router.weight.T).detach(), moe.W, ids)
+    wanted = [h, router, moe.W]
+    fast = t2mir.info_nce(moe.router(h).logits, moe.keys(h), moe.W, ids)
+    near(fast, slow)
+    near(torch.autograd.grad(fast, wanted, retain_graph=True), torch.autograd.grad(slow, wanted))
+    fast.backward()
     assert moe.key_router.weight.grad is None and not moe.key_router.weight.requires_grad
 
 
 def test_key_router_is_a_moving_average():
     """It starts as the router and then moves the fraction `momentum` of the way to it in each update."""
     torch.manual_seed(0)
-    moe = TaskMoE(6, 4, 7, num_experts=5, top_k=2, momentum=0.1).double()
-    key = moe.router.weight.detach().numpy().copy()
+    moe = TaskMoE(6, 16, 7, num_experts=5, top_k=2, momentum=0.1).double()
+    router = moe.router.logits.weight
+    key = router.detach().numpy().copy()
     for _ in range(4):
         np.testing.assert_allclose(moe.key_router.weight.numpy(), key, rtol=1e-12)
-        torch.nn.init.normal_(moe.router.weight)
+        torch.nn.init.normal_(router)
         moe.update_key_router()
-        key = key + 0.1 * (moe.router.weight.detach().numpy() - key)
+        key = key + 0.1 * (router.detach().numpy() - key)
+
+
+def test_experts_used_counts_from_one_to_all():
+    """Uniform usage of six experts counts as six, a pair that shares all tokens as two, a collapse as one."""
+    N, E = 60, 6
+    place = torch.arange(N)
+    pairs = torch.stack([place % E, (place + 1) % E], dim=1)
+    for chosen, gates, number in [
+        (pairs, torch.full((N, 2), 0.5), E),
+        (torch.tensor([[1, 4]]).repeat(N, 1), torch.full((N, 2), 0.5), 2),
+        (torch.tensor([[3, 0]]).repeat(N, 1), torch.tensor([[1.0, 0.0]]).repeat(N, 1), 1),
+    ]:
+        routing = t2mir.Routing(torch.randn(N, E), gates, chosen, None)
+        assert float(t2mir.experts_used(routing)) == pytest.approx(number, abs=1e-3)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_training_losses_are_those_of_the_routers(mode, folder):
+    """The routing losses are sums over the T2MIR layers of slow losses, which are computed from what the routers saw.
+
+    InfoNCE compares the task router's logits at the last token of each context. The logged numbers of experts are
+    means over the layers. In evaluation mode there is the action loss alone.
+    """
+    model, seen = tiny_model(mode).double().train(), {"token": [], "task": []}
+    model.config.w_imp, model.config.w_load, model.config.w_con = 2.0, 3.0, 5.0
+    batch = in_double(draw(model.config, training_arrays(folder)))
+    for block in model.blocks:
+        torch.nn.init.normal_(block.moe.task_moe.key_router.weight)
+        for name, moe in (("token", block.moe.token_moe), ("task", block.moe.task_moe)):
+            moe.router.register_forward_hook(lambda m, x, y, moe=moe, name=name: seen[name].append((moe, x[0], y)))
+    losses = model(batch)
+    importance = load = contrastive = 0.0
+    used = {"token": [], "task": []}
+    for moe, h, routing in seen["token"]:
+        gates = [dict(zip(i.tolist(), g)) for i, g in zip(routing.chosen.flatten(0, 1), routing.gates.flatten(0, 1))]
+        usage = [sum(gate.get(i, 0.0) for gate in gates) for i in range(4)]
+        importance += slow_cv_squared([torch.as_tensor(u, dtype=double) for u in usage])
+        load += slow_cv_squared([sum(row[i] for row in routing.load.flatten(0, 1)) for i in range(4)])
+    for moe, h, routing in seen["task"]:
+        last = h[:, 3 * batch["states"].shape[1] - 1]
+        z, keys = last @ moe.router.logits.weight.T, last @ moe.key_router.weight.T
+        contrastive += slow_info_nce(z, keys, moe.W, batch["task_ids"])
+    for name in used:
+        for _, _, routing in seen[name]:
+            usage = torch.zeros(routing.logits.shape[-1], dtype=double)
+            for i, g in zip(routing.chosen.flatten(), routing.gates.flatten()):
+                usage[i] += g.detach()
+            share = [float(u / usage.sum()) for u in usage]
+            used[name].append(math.exp(-sum(p * math.log(p) for p in share if p > 0)))
+    assert len(seen["token"]) == len(seen["task"]) == 2
+    near(losses["importance"], importance, 1e-8)
+    near(losses["load"], load, 1e-8)
+    near(losses["contrastive"], contrastive, 1e-8)
+    for name in used:
+        assert float(losses[f"{name}_experts"]) == pytest.approx(np.mean(used[name]), rel=1e-6)
+    weights = {"action": 1, "importance": 2, "load": 3, "contrastive": 5}
+    assert model.config.loss_weights == weights and set(weights) < set(losses)
+    assert set(model.eval()(batch)) == {"action"}
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mode", ["ad", "dpt"])
+@pytest.mark.parametrize("mode", MODES)
 def test_what_the_task_router_sees(mode, folder):
-    """Each token's own prefix mean, the token itself, or while training the mean of the whole context."""
-    batch = Batches(tiny(mode), load(f"{folder}/point_robot.npz")).next()
+    """At each token, the mean of the layer's inputs over the token's own prefix, itself included."""
+    batch = draw(tiny(mode), training_arrays(folder))
     n = 3 * batch["states"].shape[1]
-    for router in ("prefix", "token", "sequence"):
-        model, seen = tiny_model(mode, task_router=router, moe_layers="0").train(), []
-        model.blocks[0].norm2.register_forward_hook(lambda module, x, y: seen.append(y))
-        model.blocks[0].moe.task_moe.router.register_forward_hook(lambda module, x, y: seen.append(x[0]))
-        model(batch)
-        h, given = seen[:2]  # the router is called again, for InfoNCE
-        for b, t in np.ndindex(*h.shape[:2]):
-            if router == "sequence":
-                wanted = h[b, :n].mean(0)
-            elif router == "token":
-                wanted = h[b, t]
-            elif t < n:
-                wanted = h[b, : t + 1].mean(0)
-            else:
-                p = batch["prefix"][b, t - n]
-                wanted = (h[b, :p].sum(0) + h[b, t]) / (p + 1)
-            near(given[b, t], wanted, 1e-4)
+    model, seen = tiny_model(mode, moe_layers="0").train(), []
+    model.blocks[0].norm2.register_forward_hook(lambda module, x, y: seen.append(y))
+    model.blocks[0].moe.task_moe.router.register_forward_hook(lambda module, x, y: seen.append(x[0]))
+    model(batch)
+    h, given = seen[:2]
+    assert h.shape == given.shape and (h.shape[1] > n) == (mode == "dpt")
+    for b, t in np.ndindex(*h.shape[:2]):
+        if t < n:
+            wanted = h[b, : t + 1].mean(0)
+        else:
+            p = 3 * batch["seen"][b, t - n]
+            wanted = (h[b, :p].sum(0) + h[b, t]) / (p + 1)
+        near(given[b, t], wanted, 1e-4)
 
 
 @pytest.mark.parametrize("moe_layers", ["last", "all"])
 def test_variants_spend_equal_active_parameters(moe_layers):
     """Feed-forward weights that a token is multiplied with: both MoEs, either alone and the dense baseline agree.
 
-    Counted from the shapes, top_k experts of each MoE; the routers, W_noise and W (some 20 d numbers) are left out.
+    Counted from the shapes, top_k experts of each MoE; the routers, their noise and W (some 20 d numbers) are left out.
     """
     counts = []
     for token, task in itertools.product((False, True), repeat=2):
-        c = tiny("ad", moe_layers=moe_layers, n_layers=3, no_token_moe=token, no_task_moe=task)
-        model = T2MIR(c)
+        c = tiny("ad", moe_layers=moe_layers, n_layers=3, token_moe=token, task_moe=task)
+        model = T2MIR(c, sizes_of("point_robot"))
         moes = [m for m in model.modules() if isinstance(m, (TokenMoE, TaskMoE))]
-        assert len(moes) == (2 - token - task) * (3 if moe_layers == "all" else 1)
+        assert len(moes) == (token + task) * (3 if moe_layers == "all" else 1)
         routed = sum(c.top_k * (m.experts.w1[0].numel() + m.experts.w2[0].numel()) for m in moes)
         counts.append(routed + sum(p.numel() for name, p in model.named_parameters() if ".mlp." in name))
     dense = 12 * c.d_model**2 * 3 if moe_layers == "all" else (12 + 8 + 8) * c.d_model**2
@@ -734,6 +852,16 @@ def test_variants_spend_equal_active_parameters(moe_layers):
 # The model sees what it may
 
 
+def test_attention_mask_equals_a_double_loop():
+    """A row sees itself and what is to its left, behind a past too; a query sees its prefix and itself."""
+    for length, past in ((1, 0), (5, 0), (3, 4)):
+        wanted = [[column <= past + row for column in range(past + length)] for row in range(length)]
+        assert t2mir.attention_mask(length, past=past).tolist() == wanted
+    prefix, P, Q = [[0, 3, 6], [6, 1, 2]], 6, 3
+    wanted = [[[j < prefix[b][q] or j == P + q for j in range(P + Q)] for q in range(Q)] for b in range(2)]
+    assert t2mir.attention_mask(P + Q, torch.tensor(prefix)).squeeze(1).tolist() == wanted
+
+
 def test_prefix_mean_equals_a_loop():
     """Each token's mean runs over the tokens up to itself; a query's over its prefix and itself; also behind a past."""
     rng = np.random.default_rng(0)
@@ -742,11 +870,9 @@ def test_prefix_mean_equals_a_loop():
     slow = np.array([[row[: j + 1].mean(0) for j in range(P)] for row in h])
     queries = [[np.array([*h[b, : prefix[b, q]], h[b, P + q]]).mean(0) for q in range(4)] for b in range(2)]
     prompt = torch.tensor(h[:, :P])
-    near(t2mir.prefix_mean(prompt), torch.tensor(slow))
-    near(
-        t2mir.prefix_mean(torch.tensor(h), torch.tensor(prefix)), torch.tensor(np.concatenate([slow, queries], axis=1))
-    )
-    near(t2mir.prefix_mean(prompt[:, 5:], None, prompt[:, :5].sum(1), 5), torch.tensor(slow[:, 5:]))
+    near(prefix_mean(prompt), torch.tensor(slow))
+    near(prefix_mean(torch.tensor(h), torch.tensor(prefix)), torch.tensor(np.concatenate([slow, queries], axis=1)))
+    near(prefix_mean(prompt[:, 5:], None, prompt[:, :5].sum(1), 5), torch.tensor(slow[:, 5:]))
 
 
 def changed(new, old):
@@ -761,11 +887,11 @@ def test_ad_sees_no_future():
     """Another token at place j changes the outputs from j on and none before, through attention and the task router."""
     model = tiny_model("ad").double()
     x = torch.randn(2, 30, 16, dtype=double)
-    y = model.trunk(x)[0]
+    y = model.act(x)[0]
     for j in range(30):
         other = x.clone()
         other[:, j] = torch.randn(16, dtype=double)
-        assert changed(model.trunk(other)[0], y) == [i >= j for i in range(30)]
+        assert changed(model.act(other)[0], y) == [i >= j for i in range(30)]
 
 
 @torch.no_grad()
@@ -774,110 +900,187 @@ def test_dpt_queries_see_their_prefix_and_themselves():
     model = tiny_model("dpt").double()
     P, prefix = 15, torch.tensor([0, 3, 7, 15, 15])
     x = torch.randn(2, P + 5, 16, dtype=double)
-    y = model.trunk(x, prefix.repeat(2, 1))[0]
-    near(y[:, :P], model.trunk(x[:, :P])[0])
+    y = model.act(x, prefix.repeat(2, 1))[0]
+    near(y[:, :P], model.act(x[:, :P])[0])
+    near(model.act(x, prefix.repeat(2, 1), select=slice(P, None))[0], y[:, P:])
     for j in range(P + 5):
         other = x.clone()
         other[:, j] = torch.randn(16, dtype=double)
         prompt = [i >= j for i in range(P)]
         queries = [j < n or j == P + q for q, n in enumerate(prefix)]
-        assert changed(model.trunk(other, prefix.repeat(2, 1))[0], y) == prompt + queries
+        assert changed(model.act(other, prefix.repeat(2, 1))[0], y) == prompt + queries
+
+
+@torch.no_grad()
+def test_the_cache_forgets_what_it_is_told_not_to_keep():
+    """A token that is not kept leaves the next actions as they are, kept ones equal one pass, and clear empties it."""
+    model = tiny_model("ad").double()
+    x = torch.randn(2, 12, 16, dtype=double)
+    cache = t2mir.Cache(model, 2, 12)
+    for _ in range(2):
+        cache.step(model, x[:, :4])
+        for i in range(4, 11):
+            near(cache.step(model, x[:, -1:], keep=False), model.act(x[:, [*range(i), 11]])[0][:, -1])
+            near(cache.step(model, x[:, i : i + 1]), model.act(x[:, : i + 1])[0][:, -1])
+        cache.fill(model, [])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Batches and the action loss
 
 
-CONTEXTS = [("ad", "sorted", 1), ("ad", "chronological", 3), ("dpt", "sorted", 1), ("dpt", "sorted", 3)]
+BATCHES = [("ad", 1, False), ("ad", 3, True), ("dpt", 1, True), ("dpt", 3, True)]
 
 
-@pytest.mark.parametrize("mode, history, stride", CONTEXTS)
-def test_batches(mode, history, stride, folder):
-    """Two sequences of each of batch / 2 distinct training tasks; order of AD's episodes, DPT's labels and prefixes.
+@pytest.mark.parametrize("mode, stride, learner", BATCHES)
+def test_batches(mode, stride, learner, folder):
+    """Two sequences of each of batch / 2 distinct training tasks; AD's episodes by return, DPT's labels and prefixes.
 
     Of a finished episode every stride-th step is there, of AD's last one every step, behind two finished ones; with
-    a stride behind two, one and none in turn.
+    a stride behind two, one and none in turn. AD's targets are the learner's actions where the data has them. Where it
+    has not, they are the actions taken, and those of guests have no weight.
     """
     data = load(f"{folder}/point_robot.npz")
-    parts = [data[key][~data["test"]] for key in ("states", "actions", "rewards", "expert_actions")]
-    batches = Batches(tiny(mode, history=history, queries=40, stride=stride), data)
-    prefixes, prompts, tasks_seen = set(), set(), set()
-    for i in range(12):
+    if not learner:
+        del data["learner_actions"]
+    train = ~data["test"]
+    parts = [data[key][train] for key in ("states", "actions", "rewards", "expert_actions")]
+    targets = (data["learner_actions"] if learner else data["actions"])[train]
+    x, c = t2mir.tensors(data, train, "cpu"), tiny(mode, queries=40, stride=stride)
+    torch.manual_seed(0)
+    seen, prompts, tasks_seen, kinds = set(), set(), set(), set()
+    for i in range(15):
         finished = [slice(0, None, stride)] * (1 if mode == "dpt" else 2 if stride == 1 else 2 - i % 3)
         kept = finished + [slice(None)] * (mode == "ad")
-        batch = {key: value.numpy() for key, value in batches.next().items()}
+        batch = {key: value.numpy() for key, value in BACKBONES[mode].batch(c, x, i, 8).items()}
         ids, counts = np.unique(batch["task_ids"], return_counts=True)
         assert len(ids) == 4 and (counts == 2).all()
         tasks_seen |= set(ids)
         for b, task in enumerate(batch["task_ids"]):
             states, actions, rewards, labels = (part[task] for part in parts)
-            places = []
-            start = 0
+            places, start = [], 0
             for keep in kept:
                 own = slice(start, start + len(range(20)[keep]))
                 (place,) = np.flatnonzero((states[:, keep] == batch["states"][b, own]).all((1, 2)))
                 np.testing.assert_array_equal(actions[place, keep], batch["actions"][b, own])
                 np.testing.assert_array_equal(rewards[place, keep], batch["rewards"][b, own])
-                np.testing.assert_array_equal(range(20)[keep], batch["times"][own])
-                assert (batch["own"][b, own] != data["guest"][place]).all()
+                np.testing.assert_array_equal(range(20)[keep], batch["times"][b, own])
+                if mode == "ad":
+                    np.testing.assert_array_equal(targets[task, place, keep], batch["targets"][b, own])
+                    assert (batch["weight"][b, own] == (1 if learner else 1 - data["guest"][place])).all()
+                    kinds |= {bool(data["guest"][place])}
                 places.append(place)
                 start = own.stop
             assert start == batch["states"].shape[1]
             prompts |= set(places)
             if mode == "ad":
                 assert len(set(places)) == len(kept)
-                key = (lambda p: rewards[p].sum()) if history == "sorted" else int
-                assert places == sorted(places, key=key)
+                assert places == sorted(places, key=lambda p: rewards[p].sum())
             else:
-                for query, label in zip(batch["queries"][b], batch["labels"][b]):
+                assert (batch["weight"] == 1).all()
+                for query, label in zip(batch["queries"][b], batch["targets"][b]):
                     e, t = np.argwhere((states == query).all(-1))[0]
                     np.testing.assert_array_equal(labels[e, t], label)
-        prefixes |= set(batch.get("prefix", np.zeros(0)).flatten().tolist())
+        seen |= set(batch["seen"].flatten().tolist())
     assert tasks_seen == set(range(5)) and prompts == set(range(parts[0].shape[1]))
-    assert prefixes == (set(range(0, 3 * len(range(0, 20, stride)) + 1, 3)) if mode == "dpt" else set())
+    assert kinds == ({True, False} if mode == "ad" else set())  # both guests and learners were drawn
+    length = len(range(0, 20, stride))
+    assert seen == set(range(2 * length + 20 if mode == "ad" else length + 1))
+
+
+def one_by_one(model, batch):
+    """Actions (B, P, act_dim), each from a pass of its own over the tokens that precede it, and over no others."""
+    x = model.tokens(batch["states"], batch["actions"], batch["rewards"], batch["times"])
+    if "queries" not in batch:
+        places = range(batch["states"].shape[1])
+        return torch.stack([model.act(x[:, : 3 * t + 1])[0][:, -1] for t in places], dim=1)
+    predicted = torch.zeros_like(batch["targets"])
+    for b, q in np.ndindex(*batch["seen"].shape):
+        query = model.state_tokens(batch["queries"][b : b + 1, q : q + 1], model.horizon)
+        seen = torch.cat([x[b : b + 1, : 3 * batch["seen"][b, q]], query], dim=1)
+        predicted[b, q] = model.act(seen)[0][0, -1]
+    return predicted
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mode", ["ad", "dpt"])
+@pytest.mark.parametrize("mode", MODES)
 def test_action_loss_equals_one_pass_for_each_prediction(mode, folder):
     """The loss is the mean squared error of actions that are computed from nothing but what precedes them."""
+    data = load(f"{folder}/point_robot.npz")
+    del data["learner_actions"]
     model = tiny_model(mode, batch=4).double()
-    batch = Batches(model.config, load(f"{folder}/point_robot.npz")).next()
-    batch = {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
-    s, a, r = (batch[key] for key in ("states", "actions", "rewards"))
-    x, errors = model.tokens(s, a, r, torch.arange(s.shape[1]) % 20), []
-    if mode == "ad":
-        assert 0 < batch["own"].sum() < batch["own"].numel()  # guests' actions are no targets
-        for t in range(s.shape[1]):
-            predicted = model.act(model.trunk(x[:, : 3 * t + 1])[0][:, -1])
-            errors += (predicted - a[:, t])[batch["own"][:, t]]
-    else:
-        for b, q in np.ndindex(4, 6):
-            query = model.state_tokens(batch["queries"][b : b + 1, q : q + 1], 20)
-            seen = torch.cat([x[b : b + 1, : batch["prefix"][b, q]], query], dim=1)
-            errors.append(model.act(model.trunk(seen)[0][:, -1]) - batch["labels"][b, q])
-    near(model(batch)["action"], torch.stack(errors).square().mean(), 1e-7)  # it is added up in float32
-    batch["own"][:] = False  # guests alone, as can happen in a small batch
-    assert model(batch)["action"] == 0 or mode == "dpt"
+    batch = in_double(draw(model.config, t2mir.tensors(data, ~data["test"], "cpu")))
+    weight = batch["weight"].bool()
+    assert mode == "dpt" or 0 < weight.sum() < weight.numel()  # guests' actions are no targets
+    errors = (one_by_one(model, batch) - batch["targets"])[weight]
+    near(model(batch)["action"], errors.square().mean(), 1e-6)  # it is added up in float32
+    batch["weight"] = torch.zeros_like(batch["weight"])  # guests alone, as can happen in a small batch
+    assert model(batch)["action"] == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", MODES)
+def test_controls_change_the_context_alone(mode, folder):
+    """Hidden, a prediction knows its own state alone; other, what is finished is of another task in the same batch."""
+    model, x = tiny_model(mode), training_arrays(folder)
+    batch, backbone = draw(model.config, x), BACKBONES[mode]
+    hidden, other = (backbone.control(batch, context) for context in ("hidden", "other"))
+    near(*(backbone.predict(model, b)[0] for b in (batch, backbone.control(batch, "own"))))
+    predicted = backbone.predict(model, hidden)[0].view_as(batch["targets"])
+    for b, p in np.ndindex(*batch["targets"].shape[:2]):
+        state, time = (batch["states"], batch["times"][b, p]) if mode == "ad" else (batch["queries"], model.horizon)
+        token = model.state_tokens(state[b, p][None, None], time)
+        near(predicted[b, p], model.act(token)[0][0, 0], 1e-5)
+    running = 20 if mode == "ad" else 0
+    finished = batch["states"].shape[1] - running
+    for b, task in enumerate(batch["task_ids"]):
+        owners = [t for t in range(5) if (x["states"][t] == other["states"][b, 0]).all(-1).any()]
+        assert owners != [] and int(task) not in owners
+        twins = (i for i in range(8) if torch.equal(other["states"][b, :finished], batch["states"][i, :finished]))
+        twin = next(twins)
+        for key in ("actions", "rewards"):
+            assert torch.equal(other[key][b, :finished], batch[key][twin, :finished])
+        for key in ("states", "actions", "rewards"):
+            assert torch.equal(other[key][b, finished:], batch[key][b, finished:])
+    for key in ("targets", "weight", "task_ids"):
+        assert torch.equal(other[key], batch[key]) and torch.equal(hidden[key], batch[key])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", MODES)
+def test_bfloat16_changes_little(mode, folder):
+    """Under autocast the routers keep float32, and the losses stay within a few percent of those in float32."""
+    model = tiny_model(mode).train()
+    batch, types, losses = draw(model.config, training_arrays(folder)), set(), []
+    for block in model.blocks:
+        for moe in (block.moe.token_moe, block.moe.task_moe):
+            moe.router.register_forward_hook(lambda m, x, y: types.add(y.logits.dtype))
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses.append(model(batch))
+    assert types == {torch.float32}
+    for name in ("action", "contrastive"):
+        assert float(losses[1][name]) == pytest.approx(float(losses[0][name]), rel=0.05)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Acting in context
 
 
-CASES = [("ad", "sorted", "own"), ("ad", "chronological", "own"), ("ad", "sorted", "hidden"), ("ad", "sorted", "other")]
-CASES += [("dpt", "sorted", "own"), ("dpt", "sorted", "hidden"), ("dpt", "sorted", "other")]
-CASES = [(*case, 1) for case in CASES] + [("ad", "sorted", "own", 3), ("dpt", "sorted", "other", 3)]
+ACTING = [("ad", "own", 1), ("ad", "own", 3), ("ad", "hidden", 1), ("ad", "other", 1), ("ad", "other", 3)]
+ACTING += [("dpt", "own", 1), ("dpt", "own", 3), ("dpt", "hidden", 1), ("dpt", "other", 1), ("dpt", "other", 3)]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mode, history, context, stride", CASES)
-def test_acting_with_the_cache_equals_the_full_pass(mode, history, context, stride, monkeypatch):
+@pytest.mark.parametrize("mode, context, stride", ACTING)
+def test_acting_with_the_cache_equals_the_full_pass(mode, context, stride, monkeypatch):
     """Every action of `evaluate` is that of one pass, without a cache, over all the tokens that its docstring says.
 
-    There are two tasks, so that "another task" is the other one. Two of AD's episodes and one of DPT's are remembered.
+    Two of AD's episodes and one of DPT's are remembered. With another task's context, what is remembered is that of
+    the task before, and the running episode is the agent's own.
     """
-    model, T, episodes, lived = tiny_model(mode, history=history, stride=stride), 20, 5, []
+    model, T, N, episodes, lived = tiny_model(mode, stride=stride), 20, 3, 5, []
 
     def recording(name, tasks):
         env = make_vec(name, tasks)
@@ -898,33 +1101,32 @@ def test_acting_with_the_cache_equals_the_full_pass(mode, history, context, stri
         return env
 
     monkeypatch.setattr(t2mir, "make_vec", recording)
-    returns = evaluate(model, np.array([[0.9, 0.1], [-0.4, -0.8]]), episodes, seed=4, context=context)
-    lived = [[torch.tensor(np.stack(part, axis=1)) for part in zip(*steps)] for steps in lived]  # (2, T, ...) each
-    assert [episode[0].shape for episode in lived] == [(2, T, 2)] * episodes
+    returns = evaluate(model, np.array([[0.9, 0.1], [-0.4, -0.8], [0.2, 0.7]]), episodes, seed=4, context=context)
+    lived = [[torch.tensor(np.stack(part, axis=1)) for part in zip(*steps)] for steps in lived]  # (N, T, ...) each
+    assert [episode[0].shape for episode in lived] == [(N, T, 2)] * episodes
     np.testing.assert_allclose(returns, [rewards.sum(1) for _, _, rewards in lived], rtol=1e-5)
     assert torch.stack([actions for _, actions, _ in lived]).std(2).min() > 0.005  # the actions are no constants
-    reordered = 0
-    for e, i in itertools.product(range(episodes), range(2)):
-        owner = 1 - i if context == "other" else i
+    kept, reordered = torch.arange(0, T, stride), 0
+    for e, i in itertools.product(range(episodes), range(N)):
+        owner = (i - 1) % N if context == "other" else i
         past = lived[max(0, e - (2 if mode == "ad" else 1)) : e] if context != "hidden" else []
-        if mode == "ad" and history == "sorted":
+        if mode == "ad":
             ordered = sorted(past, key=lambda episode: episode[2][owner].sum().item())
             reordered += any(a is not b for a, b in zip(ordered, past))
             past = ordered
-        kept = torch.arange(0, T, stride)
         past = [model.tokens(*(part[owner : owner + 1, kept] for part in episode), kept) for episode in past]
-        states, actions, _ = (part[i : i + 1] for part in lived[e])
-        own = model.tokens(*(part[i : i + 1] for part in lived[e]), torch.arange(T))
-        others = model.tokens(*(part[owner : owner + 1, kept] for part in lived[e]), kept)
+        own = [part[i : i + 1] for part in lived[e]]
+        running = model.tokens(*own, torch.arange(T))
+        strided = model.tokens(*(part[:, kept] for part in own), kept)
         for t in range(T):
             if mode == "ad":
-                now = own[:, 3 * t * (context == "hidden") :][:, : 1 if context == "hidden" else 3 * t + 1]
+                now = running[:, 3 * t * (context == "hidden") : 3 * t + 1]
             else:
-                so_far = [others[:, : 3 * int((kept < t).sum())]] if e == 0 and context != "hidden" else []
-                now = torch.cat([*so_far, model.state_tokens(states[:, t : t + 1], T)], dim=1)
-            full = model.act(model.trunk(torch.cat([*past, now], dim=1))[0][:, -1])
-            near(actions[:, t], full, 1e-5)
-    assert reordered or mode == "dpt" or history == "chronological" or context == "hidden"  # sorting had work to do
+                so_far = [strided[:, : 3 * int((kept < t).sum())]] if e == 0 and context != "hidden" else []
+                now = torch.cat([*so_far, model.state_tokens(own[0][:, t : t + 1], T)], dim=1)
+            full = model.act(torch.cat([*past, now], dim=1))[0][:, -1]
+            near(lived[e][1][i, t], full[0], 1e-5)
+    assert reordered or mode == "dpt" or context == "hidden"  # sorting had work to do
 
 
 def test_actions_spread_as_asked(monkeypatch):
@@ -937,8 +1139,8 @@ def test_actions_spread_as_asked(monkeypatch):
             return super().step(actions)
 
     monkeypatch.setattr(t2mir, "make_vec", lambda name, tasks: Recorder(tasks))
-    monkeypatch.setattr(T2MIR, "act", lambda self, x: torch.zeros(len(x), 2))
-    for mode in ("ad", "dpt"):
+    monkeypatch.setattr(T2MIR, "act", lambda self, x, **given: (torch.zeros(len(x), 1, 2), []))
+    for mode in MODES:
         taken.clear()
         evaluate(tiny_model(mode, explore=0.2, noise=0.1), np.zeros((200, 2)), episodes=3)
         spread = np.stack(taken).reshape(3, -1).std(1)  # 8,000 draws an episode
@@ -948,45 +1150,99 @@ def test_actions_spread_as_asked(monkeypatch):
         assert np.any(taken[:20]) and not np.any(taken[20:])
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_evaluation_leaves_the_model_as_it_was(mode):
+    """Evaluating twice gives the same returns, without dropout, and a model in training mode stays in it."""
+    model, tasks = tiny_model(mode, dropout=0.5, noise=0.3, explore=0.3).train(), np.array([[0.5, 0.1], [-0.3, 0.2]])
+    first = evaluate(model, tasks, 3, seed=1)
+    torch.rand(5)
+    np.testing.assert_array_equal(evaluate(model, tasks, 3, seed=1), first)
+    assert model.training and not np.array_equal(evaluate(model, tasks, 3, seed=2), first)
+
+
+def test_scores_leave_out_experts_that_are_no_better_than_random(folder):
+    """A score is 0 at the random return and 1 at the expert's; it is NaN where these two are the wrong way round.
+
+    Means in the log are over the other tasks.
+    """
+    data = load(f"{folder}/point_robot.npz")
+    mask = np.array([True, False, True, True, False, True, False])
+    data["random_return"], data["expert_return"] = np.arange(7) - 10.0, np.array([-8.0, 0, -9, -7, 0, -4, 0])
+    scores = t2mir.normalised(np.array([[-10.0, -8, -7, -4], [-8.0, -9, -7, -5]]), data, mask)
+    np.testing.assert_allclose(scores, [[0, np.nan, np.nan, 1], [1, np.nan, np.nan, 0]])
+    test = np.flatnonzero(data["test"])
+    data["random_return"][test], data["expert_return"][test] = (-30, -20), (-5, -25)
+    model = tiny_model("dpt", eval_episodes=2)
+    numbers = t2mir.measure(model, data, data["test"], t2mir.tensors(data, data["test"], "cpu"))
+    last = evaluate(model, data["tasks"][test], 2)[-1]
+    assert numbers["return"] == pytest.approx(last.mean()) and numbers["score"] == pytest.approx((last[0] + 30) / 25)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", MODES)
+def test_the_held_out_error_is_a_fixed_number_of_a_model(mode, folder, monkeypatch):
+    """It is the same whatever was drawn before, leaves the model in training mode, and equals a slow recomputation."""
+    data, backbone = load(f"{folder}/point_robot.npz"), BACKBONES[mode]
+    del data["learner_actions"]  # so that the guests' actions have no weight
+    model = tiny_model(mode, dropout=0.3, context=2, stride=10, eval_episodes=1).train()
+    x, batch, drawn = t2mir.tensors(data, data["test"], "cpu"), backbone.batch, []
+
+    def recording(*args):
+        drawn.append(batch(*args))
+        return drawn[-1]
+
+    monkeypatch.setattr(backbone, "batch", staticmethod(recording))
+    measured = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        measured.append(t2mir.measure(model, data, data["test"], x)["heldout"])
+    assert measured[0] == measured[1] and model.training
+    total = weight = 0.0
+    model.eval()
+    for one in drawn[: len(drawn) // 2]:
+        assert len(one["task_ids"]) == 4  # two tasks are held out
+        error = (one_by_one(model, one) - one["targets"]).square().mean(-1)
+        total, weight = total + (error * one["weight"]).sum().item(), weight + one["weight"].sum().item()
+    assert measured[0] == pytest.approx(total / weight, rel=1e-4)
+    model.head.weight.mul_(1.5)
+    assert t2mir.measure(model, data, data["test"], x)["heldout"] != measured[0]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 
 
-@pytest.mark.parametrize("mode", ["ad", "dpt"])
+@pytest.mark.parametrize("mode", MODES)
 def test_a_tiny_model_learns_a_tiny_batch_by_heart(mode, folder):
     """Trained on one batch with all its losses, the action loss falls below 2% of the targets' variance."""
     torch.manual_seed(0)
     c = tiny(mode, d_model=32, batch=4, context=1, queries=16)
-    model = T2MIR(c)
-    batch = Batches(c, load(f"{folder}/point_robot.npz")).next()
-    targets = batch["actions"] if mode == "ad" else batch["labels"]
+    model = T2MIR(c, sizes_of("point_robot"))
+    batch, weights = draw(c, training_arrays(folder)), c.loss_weights
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=5e-3)
     for step in range(800):
         losses = model.train()(batch)
         optimizer.zero_grad()
-        (losses["action"] + losses["balance"] + c.w_con * losses["contrastive"]).backward()
+        sum(weight * losses[name] for name, weight in weights.items()).backward()
         optimizer.step()
-        if step % 25 == 24 and model.eval()(batch)["action"] < 0.02 * targets.var():
+        if step % 25 == 24 and model.eval()(batch)["action"] < 0.02 * batch["targets"].var():
             return
-    pytest.fail(f"the action loss is still {model.eval()(batch)['action'] / targets.var():.3f} of the variance")
+    share = model.eval()(batch)["action"] / batch["targets"].var()
+    pytest.fail(f"the action loss is still {share:.3f} of the variance")
 
 
-@pytest.mark.parametrize("mode", ["ad", "dpt"])
-def test_a_training_step_compiles_as_one_graph(mode, folder):
-    """Traced whole, without a break, the step gives the same losses; torch's compiler itself is not run."""
-    model = tiny_model(mode).train()
-    batch = Batches(model.config, load(f"{folder}/point_robot.npz")).next()
-    losses = []
-    for traced in (model, torch.compile(model, fullgraph=True, backend="eager")):
-        torch.manual_seed(0)
-        with torch.autocast("cpu", torch.bfloat16):
-            losses.append(traced(batch))
-    near(losses[0], losses[1], 1e-6)
+def test_the_learning_rate_rises_and_falls():
+    """It rises in equal steps to its peak at the end of the warm-up, and from there follows half a cosine to zero."""
+    c = tiny("dpt", lr=0.8, warmup=4, steps=12)
+    rates = [t2mir.learning_rate(step, c) for step in range(13)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8])
+    assert rates[4:] == pytest.approx([0.4 * (1 + math.cos(math.pi * i / 8)) for i in range(9)])
 
 
-def short_run(mode, folder, runs, seed, name):
-    given = dict(n_layers=1, context=2, steps=6, eval_every=3, warmup=2, eval_episodes=2, dropout=0.1, seed=seed)
-    return t2mir.train(tiny(mode, **given, data=folder, runs=str(runs), name=name))
+def short_run(mode, folder, runs, **given):
+    """The folder of a run of six steps, two evaluations and dropout."""
+    short = dict(n_layers=1, context=2, steps=6, eval_every=3, warmup=2, eval_episodes=2, dropout=0.1)
+    return t2mir.train(tiny(mode, **{**short, "data": str(folder), "runs": str(runs), "name": "run", **given}))
 
 
 def rows(path):
@@ -998,185 +1254,498 @@ def rows(path):
         ]
 
 
-@pytest.mark.parametrize("mode", ["ad", "dpt"])
+def call_main(monkeypatch, *argv):
+    """t2mir.py as at the command line, in this process."""
+    monkeypatch.setattr(sys, "argv", ["t2mir.py", *map(str, argv)])
+    t2mir.main()
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_a_run_repeats_and_leaves_its_folder(mode, folder, tmp_path, monkeypatch):
     """Same seed, same log; other seed, another one. The checkpoint gives back the model, and it acts as logged."""
-    save, trained = t2mir.save, []
+    report, trained = t2mir.report, []
 
-    def save_and_keep(path, model, *rest):
-        if path.name == "ckpt.pt":
-            trained.append(copy.deepcopy(model).eval())
-        save(path, model, *rest)
+    def keep_and_report(folder, model, *rest):
+        trained.append(copy.deepcopy(model).eval())
+        report(folder, model, *rest)
 
-    monkeypatch.setattr(t2mir, "save", save_and_keep)
-    run, again, other = (short_run(mode, folder, tmp_path, seed, f"run{i}") for i, seed in enumerate((5, 5, 6)))
+    monkeypatch.setattr(t2mir, "report", keep_and_report)
+    run, again, other = (
+        short_run(mode, folder, tmp_path, seed=seed, name=f"run{i}") for i, seed in enumerate((5, 5, 6))
+    )
     log = rows(run / "log.csv")
     assert [row["step"] for row in log] == ["3", "6"] and log == rows(again / "log.csv") != rows(other / "log.csv")
-    names = ["best.pt", "ckpt.pt", "config.json", "incontext.png", "log.csv", "result.csv"]
-    assert sorted(p.name for p in run.iterdir()) == names
-    best = max(log, key=lambda row: float(row["test_score"]))
-    assert t2mir.restore(run / "best.pt")[1]["step"] == int(best["step"])
+    assert {"loss", "action", "importance", "load", "contrastive", "token_experts", "task_experts"} < set(log[0])
+    assert sorted(p.name for p in run.iterdir()) == ["ckpt.pt", "config.json", "incontext.png", "log.csv", "result.npz"]
     assert json.loads((run / "config.json").read_text())["seed"] == 5
     assert (run / "incontext.png").read_bytes()[:4] == b"\x89PNG"
-    model, content = t2mir.restore(run / "ckpt.pt")
-    assert content["step"] == 6 and not model.training
-    assert torch.load(run / "ckpt.pt", weights_only=True)["config"] == json.loads((run / "config.json").read_text())
-    data = load(f"{folder}/point_robot.npz")
-    batch = Batches(model.config, data).next()
-    for key, value in trained[1](batch).items():  # two checkpoints a run: trained[1] is the first run's last state
-        assert torch.equal(value, model(batch)[key]) and not torch.equal(value, trained[0](batch)[key]) or value == 0
-    low, high, tasks = (data[key][data["test"]] for key in ("random_return", "expert_return", "tasks"))
-    returns = evaluate(model, tasks, 2, seed=1)
-    (said,) = rows(run / "result.csv")
-    scores = (returns - low) / (high - low)
-    for name, value in (("return", returns.mean(1)), ("score", scores.mean(1)), ("score_of_task", scores[1])):
-        np.testing.assert_allclose([float(x) for x in said[name].split()], value, rtol=1e-3)
+    model, data = t2mir.load_agent(run), load(f"{folder}/point_robot.npz")
+    assert not model.training and not t2mir.load_agent(str(run / "ckpt.pt")).training
+    for (name, p), (_, q), (_, r) in zip(*(m.state_dict().items() for m in (model, trained[0], trained[2]))):
+        assert torch.equal(p, q) and (p.ndim == 1 or not torch.equal(p, r)), name
+    tasks, low, high = (data[key][data["test"]] for key in ("tasks", "random_return", "expert_return"))
+    last = evaluate(model, tasks, 2)[-1]
+    assert float(log[-1]["return"]) == pytest.approx(last.mean(), rel=1e-5)
+    good = high > low
+    if good.any():
+        assert float(log[-1]["score"]) == pytest.approx(((last - low) / (high - low))[good].mean(), rel=1e-4)
+    result = np.load(run / "result.npz")
+    for context in ("own", "hidden", "other"):
+        np.testing.assert_allclose(result[context], evaluate(model, tasks, 2, seed=1, context=context), rtol=1e-5)
+    for key, array in (("tasks", tasks), ("random_return", low), ("expert_return", high)):
+        np.testing.assert_array_equal(result[key], array)
     seen = data["states"][~data["test"]].reshape(-1, 2)
     near(model.state_mean, torch.tensor(seen.mean(0)), 1e-5)  # the test tasks' states are not in the normalisation
     near(model.state_std, torch.tensor(seen.std(0)), 1e-5)
+
+
+def test_unreadable_checkpoints_are_named_in_one_line(folder, tmp_path):
+    """Missing, cut, foreign and outdated files all raise BadInput with one line that names the file."""
+    run = short_run("dpt", folder, tmp_path, steps=1)
     (tmp_path / "cut.pt").write_bytes((run / "ckpt.pt").read_bytes()[:5000])
-    torch.save({**content, "format": 99}, tmp_path / "outdated.pt")
+    torch.save({"model": t2mir.load_agent(run).state_dict()}, tmp_path / "outdated.pt")
     torch.save([1, 2], tmp_path / "foreign.pt")
-    for name in ("cut.pt", "missing.pt", "outdated.pt", "foreign.pt"):
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    for name in ("cut.pt", "missing.pt", "outdated.pt", "foreign.pt", "text.pt", "no_such_run"):
         with pytest.raises(BadInput, match=name) as caught:
-            t2mir.restore(tmp_path / name)
+            t2mir.load_agent(tmp_path / name)
         assert "\n" not in str(caught.value)
 
 
-def test_a_command_makes_its_config():
-    """`command`, typed, gives the same config; it names what differs from the preset and nothing else."""
-    for env, mode in t2mir.PRESETS:
-        c = make_config(env, mode, seed=3, lr=1.5e-4, no_balance=True, moe_layers="0,1", data="x", runs="y", name="z")
-        assert c.command.split()[:2] == ["python", "t2mir.py"] and len(c.command) < 120
-        again = make_config(**parse_flags(Config, c.command.split()[2:], ""))
-        assert again == dataclasses.replace(c, data="data", runs="runs", name="")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ENVS)
+def test_every_family_trains(name, mode, folder, tmp_path):
+    """A dataset of each family gives a log with returns and an agent that acts in all three contexts."""
+    run = short_run(mode, folder, tmp_path, env=name, batch=2, steps=2, stride=10, eval_every=2, eval_episodes=1)
+    (row,) = rows(run / "log.csv")
+    assert all(np.isfinite(float(row[key])) for key in ("loss", "heldout", "return"))
+    held_out = load(f"{folder}/{name}.npz")["test"].sum()
+    result = np.load(run / "result.npz")
+    contexts = {"own", "hidden", "other"} if held_out > 1 else {"own", "hidden"}  # with one task there is no other
+    assert contexts == {"own", "hidden", "other"} & set(result.files)
+    assert {result[context].shape for context in contexts} == {(1, held_out)}
 
 
-def test_variants_have_names_of_their_own():
-    """What bears on results is in the name; where a run is or how fast is not, nor a MoE's setting in a dense one."""
-    dense = dict(no_token_moe=True, no_task_moe=True)
-    for given, name in [
-        (dict(seed=3, eval_every=7, device="cpu", dtype="bfloat16", runs="x"), "T2MIR-DPT"),
-        (dict(no_balance=True), "T2MIR-DPT (no_balance)"),
-        (dict(top_k=3, stride=4), "T2MIR-DPT (top_k=3, stride=4)"),
-        (dict(**dense, top_k=3, w_con=0.1), "DPT"),
-        (dict(**dense, lr=1e-4, moe_layers="0,2"), "DPT (moe_layers=0,2, lr=0.0001)"),
-    ]:
-        assert make_config("cheetah_vel", "dpt", **given).variant == name
-    assert make_config("point_robot", "ad", dtype="bfloat16").variant == "T2MIR-AD (dtype=bfloat16)"
+@pytest.mark.parametrize("mode", MODES)
+def test_a_new_family_needs_no_presets(mode, tmp_path, monkeypatch):
+    """A class in ENVS is all that a family needs: its data is collected and an agent is trained, without a preset."""
+
+    class Slider(TaskVec):
+        id, obs_dim, act_dim, task_dim, horizon = "t2mir/Slider-v0", 3, 1, 1, 6
+
+        @staticmethod
+        def draw_tasks(rng, num_tasks):
+            return rng.uniform(-1, 1, (num_tasks, 1))
+
+        def initial_state(self, rng):
+            return rng.normal(size=(self.num_envs, 3))
+
+        def observe(self):
+            return self.state
+
+        def advance(self, actions):
+            self.state = self.state + 0.1 * actions
+            return -abs(self.state - self.tasks).sum(1)
+
+    monkeypatch.setitem(ENVS, "slider", Slider)
+    collect("slider", steps=24, random_steps=12, train_tasks=3, test_tasks=1, hidden=8, batch=8, out=str(tmp_path))
+    run = short_run(mode, tmp_path, tmp_path, env="slider", batch=4)
+    assert all(np.isfinite(float(rows(run / "log.csv")[-1][key])) for key in ("heldout", "return"))
+    assert t2mir.preset("slider", mode) == Config(env="slider", mode=mode)
 
 
-def test_figures_say_what_the_runs_did(folder, tmp_path, capsys):
-    """Mean, standard error and paired difference in the table are those of result.csv; results.csv makes it again."""
-    runs = [
-        t2mir.train(tiny("dpt", seed=seed, no_token_moe=True, no_task_moe=dense, name=f"{seed}{dense}", **given))
-        for given in [dict(moe_layers="last", steps=4, eval_every=2, eval_episodes=3, data=folder, runs=str(tmp_path))]
-        for dense, seed in ((False, 0), (False, 1), (True, 1), (True, 0))
-    ]
-    capsys.readouterr()
-    (tmp_path / "unfinished").mkdir()
-    given = [str(tmp_path / "unfinished"), *(str(run / "result.csv") for run in runs)]
-    t2mir.main(["--figures", *given, "--out", str(tmp_path / "one")])
-    left_out, said = capsys.readouterr().out.split("\n", 1)
-    assert left_out == f"{given[0]} holds no finished run: left out"
-    t2mir.main(["--figures", str(tmp_path / "one" / "results.csv"), "--out", str(tmp_path / "two")])
-    assert capsys.readouterr().out == said == (tmp_path / "two" / "results.md").read_text()
-    assert (tmp_path / "two" / "point_robot.png").read_bytes()[:4] == b"\x89PNG"
-    a0, a1, b1, b0 = ([float(x) for x in rows(run / "result.csv")[0]["score"].split()] for run in runs)
+def own_data(folder, experts=True, **changed):
+    """Writes my_robot.npz: 123 state dimensions, 37 actions, 4 tasks, 7 steps, float64, no simulator."""
+    rng, shape = np.random.default_rng(0), (4, 5, 7)
+    data = dict(states=rng.normal(size=(*shape, 123)), actions=rng.uniform(-1, 1, (*shape, 37)))
+    data |= dict(rewards=rng.normal(size=shape), test=np.array([False, False, True, True]))
+    data |= dict(expert_actions=rng.uniform(-1, 1, (*shape, 37))) if experts else {}
+    np.savez(Path(folder) / "my_robot.npz", **(data | changed))
+    return data | changed
 
-    def both(x, y):
-        return f"{(x + y) / 2:.3f} ± {abs(x - y) / 2:.3f}"  # of two, the error of the mean is half their distance
 
-    table = [line.split(" | ") for line in said.splitlines() if line.startswith("| point_robot")]
-    variants = [json.loads((run / "config.json").read_text()) for run in (runs[0], runs[2])]
-    assert [line[1:3] for line in table] == [[Config(**c).variant, "2"] for c in variants]
-    assert table[0][3:6] == [both(a0[0], a1[0]), both(a0[1], a1[1]), both((a0[1] + a0[2]) / 2, (a1[1] + a1[2]) / 2)]
-    assert table[1][6] == both(b0[2], b1[2])
-    d0, d1 = ((a[1] + a[2] - b[1] - b[2]) / 2 for a, b in ((a0, b0), (a1, b1)))
-    (difference,) = (line for line in said.splitlines() if "minus" in line)
-    mean, error = (float(x) for x in re.search(r": (\S+) ± (\S+) over 2 seeds", difference).groups())
-    assert mean == pytest.approx((d0 + d1) / 2, abs=2e-3) and error == pytest.approx(abs(d0 - d1) / 2, abs=2e-3)
-    text = (runs[0] / "result.csv").read_text()
-    (tmp_path / "again.csv").write_text(text.replace(",0,4,", ",0,4,another-commit-"))
-    with pytest.raises(BadInput, match="two runs of one seed"):
-        t2mir.figures([runs[0] / "result.csv", tmp_path / "again.csv"], tmp_path / "three")
-    with pytest.raises(BadInput, match="no seeds of one agent"):
-        t2mir.train(
-            dataclasses.replace(Config(**json.loads((runs[0] / "config.json").read_text())), eval_every=4, name="c")
-        )
-        t2mir.figures([runs[0] / "result.csv", tmp_path / "c" / "result.csv"], tmp_path / "three")
+@pytest.mark.parametrize("mode", MODES)
+def test_own_data_without_a_simulator(mode, tmp_path, capsys):
+    """Another robot's data trains both backbones. The log has the held-out error and no return, and the report
+    compares the three contexts by action error, at growing amounts of context."""
+    own_data(tmp_path, experts=mode == "dpt")
+    run = short_run(mode, tmp_path, tmp_path, env="my_robot", batch=4)
+    log = rows(run / "log.csv")
+    assert len(log) == 2 and all(float(row["heldout"]) > 0 for row in log)
+    assert not {"return", "score"} & set(log[0])
+    result, said = np.load(run / "result.npz"), capsys.readouterr().out
+    assert set(result.files) == {"own", "hidden", "other", "amount"} and (np.diff(result["amount"]) > 0).all()
+    for context in ("own", "hidden", "other"):
+        assert result[context].shape == (len(result["amount"]), 1) and (result[context] > 0).all()
+    lines = {line.split(":")[0]: line.split(":")[1].split() for line in said.splitlines() if "context" in line}
+    np.testing.assert_allclose([float(x) for x in lines["own context"]], result["own"][:, 0], atol=6e-4)
+    np.testing.assert_allclose([float(x) for x in lines["context hidden"]], result["hidden"][:, 0], atol=6e-4)
+    model = t2mir.load_agent(run)
+    assert (model.sizes["obs_dim"], model.sizes["act_dim"], model.horizon) == (123, 37, 7)
+    assert (run / "incontext.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_context_helps_where_it_tells_the_task(tmp_path):
+    """Where every action of a task is one constant, a trained AD agent errs less with its own context than without.
+
+    With another task's finished episodes, it errs more.
+    """
+    rng, shape = np.random.default_rng(0), (12, 4, 5)
+    actions = np.broadcast_to(np.where(np.arange(12) % 2, 0.8, -0.8)[:, None, None, None], (*shape, 1))
+    data = dict(states=rng.normal(size=(*shape, 2)), actions=actions, rewards=np.zeros(shape), test=np.arange(12) > 9)
+    np.savez(tmp_path / "coin.npz", **data)
+    given = dict(steps=150, warmup=10, lr=5e-3, eval_every=150, dropout=0.0, batch=8)
+    result = np.load(short_run("ad", tmp_path, tmp_path, env="coin", **given) / "result.npz")
+    own, hidden, other = (result[context].mean() for context in ("own", "hidden", "other"))
+    assert own < 0.3 * hidden and own < 0.5 * other
+
+
+def test_dpt_needs_expert_actions(tmp_path):
+    """Data without expert actions is refused by DPT in one line that says what to do instead."""
+    own_data(tmp_path, experts=False)
+    with pytest.raises(BadInput, match="expert_actions.*--mode ad") as caught:
+        short_run("dpt", tmp_path, tmp_path, env="my_robot", batch=4)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dimension_that_hardly_moves_is_not_blown_up(tmp_path):
+    """A state dimension with a deviation of 2e-6 does not dominate the tokens when it moves by a hundredth later."""
+    states = np.random.default_rng(1).normal(size=(4, 5, 7, 123))
+    states[:2, ..., 5] = 0.5 + 2e-6 * states[:2, ..., 5]
+    states[2:, ..., 5] = 0.51
+    states[..., 6] = 7.0  # and one that never moves
+    own_data(tmp_path, states=states)
+    model = t2mir.load_agent(short_run("dpt", tmp_path, tmp_path, env="my_robot", batch=4, steps=1))
+    normalised = (torch.as_tensor(states).float() - model.state_mean) / model.state_std
+    assert normalised.isfinite().all() and normalised.abs().max() < 20
+    others = [i for i in range(123) if i not in (5, 6)]
+    near(model.state_std[others], torch.tensor(states[:2].reshape(-1, 123).std(0)).float()[others], 1e-4)
+
+
+def test_val_tasks_holds_out_training_tasks(folder, tmp_path):
+    """With --val_tasks the agent is evaluated on training tasks that it is not trained on, and never on test tasks."""
+    data = load(f"{folder}/point_robot.npz")
+    run = short_run("dpt", folder, tmp_path, val_tasks=2, batch=6)
+    held_out = (np.load(run / "result.npz")["tasks"][:, None] == data["tasks"]).all(-1)  # (2, 7)
+    assert held_out.sum(1).tolist() == [1, 1]
+    held_out = held_out.any(0)
+    assert held_out.sum() == 2 and not (held_out & data["test"]).any()
+    model, trained = t2mir.load_agent(run), data["states"][~data["test"] & ~held_out].reshape(-1, 2)
+    assert model.sizes["num_tasks"] == 3
+    near(model.state_mean, torch.tensor(trained.mean(0)), 1e-5)
+    x = t2mir.tensors(data, held_out, "cpu")
+    measured = t2mir.measure(model, data, held_out, x)
+    assert float(rows(run / "log.csv")[-1]["heldout"]) == pytest.approx(measured["heldout"], rel=1e-5)
+    with pytest.raises(BadInput, match="--batch 8 needs 4 training tasks"):
+        short_run("dpt", folder, tmp_path, val_tasks=2, batch=8, name="other")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stopping, continuing and sharing
+
+
+def stop_at(monkeypatch, mode, step, num_tasks=5):
+    """Lets the training on `num_tasks` tasks end with ctrl-C when it draws the batch of `step`."""
+    backbone = BACKBONES[mode]
+    batch = backbone.batch
+
+    def stopping(c, x, now, size):
+        if now == step and len(x["rewards"]) == num_tasks:
+            raise KeyboardInterrupt
+        return batch(c, x, now, size)
+
+    monkeypatch.setattr(backbone, "batch", staticmethod(stopping))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(mode, folder, tmp_path, monkeypatch):
+    """Stopped between two checkpoints and continued from another directory, the run ends as one that was left alone.
+
+    Log, results, weights and the optimizer's state are equal bit for bit, with dropout and the router's noise. The
+    data was given as a relative path.
+    """
+    given = dict(steps=13, eval_every=5, n_layers=2, stride=3)
+    monkeypatch.chdir(folder)
+    whole = short_run(mode, ".", tmp_path, name="whole", **given)
+    with monkeypatch.context() as stopping, pytest.raises(KeyboardInterrupt):
+        stop_at(stopping, mode, 8)
+        short_run(mode, ".", tmp_path, name="broken", **given)
+    assert [row["step"] for row in rows(tmp_path / "broken" / "log.csv")] == ["5"]
+    monkeypatch.chdir(tmp_path)
+    call_main(monkeypatch, "--resume", "broken")
+    one, two = whole, tmp_path / "broken"
+    assert rows(one / "log.csv") == rows(two / "log.csv") and len(rows(one / "log.csv")) == 3
+    one, two = (torch.load(run / "ckpt.pt", weights_only=True) for run in (one, two))
+    for name, p in one["model"].items():
+        assert torch.equal(p, two["model"][name]), name
+    for i, moments in one["optimizer"]["state"].items():
+        assert all(torch.equal(value, two["optimizer"]["state"][i][key]) for key, value in moments.items())
+    differ = [key for key in one["config"] if one["config"][key] != two["config"][key]]
+    assert differ in ([], ["name"]) and Path(two["config"]["data"]).is_absolute()
+    one, two = (np.load(run / "result.npz") for run in (whole, tmp_path / "broken"))
+    assert all(np.array_equal(one[key], two[key]) for key in one.files)
+
+
+def test_a_run_continues_from_within_its_own_folder(folder, tmp_path, monkeypatch):
+    """`--resume .` works in the folder of the run."""
+    monkeypatch.chdir(short_run("dpt", folder, tmp_path))
+    call_main(monkeypatch, "--resume", ".", "--steps", "7")
+    assert [row["step"] for row in rows("log.csv")] == ["3", "6", "7"]
+
+
+def test_a_run_goes_on_with_its_own_data_only(folder, tmp_path, monkeypatch):
+    """Another dataset is refused, a missing one is not collected, and the same file elsewhere will do."""
+
+    def never(*args, **given):
+        raise AssertionError("a dataset was collected")
+
+    monkeypatch.setattr(t2mir, "collect", never)
+    for name in ("changed", "elsewhere", "empty"):
+        (tmp_path / name).mkdir()
+    content = Path(f"{folder}/point_robot.npz").read_bytes()
+    (tmp_path / "elsewhere" / "point_robot.npz").write_bytes(content)
+    with np.load(f"{folder}/point_robot.npz") as data:
+        changed = dict(data)
+    changed["rewards"][0, 0, 0] += 1
+    np.savez(tmp_path / "changed" / "point_robot.npz", **changed)
+    run = short_run("dpt", folder, tmp_path)
+    before = (run / "ckpt.pt").read_bytes()
+    saved = json.loads((run / "config.json").read_text()) | {"resume": str(run)}
+    for name, message in (("changed", "is not the dataset"), ("empty", "is missing")):
+        with pytest.raises(BadInput, match=message):
+            t2mir.train(Config(**saved | {"data": str(tmp_path / name)}))
+    assert (run / "ckpt.pt").read_bytes() == before
+    t2mir.train(Config(**saved | {"data": str(tmp_path / "elsewhere"), "steps": 8}))
+    assert [row["step"] for row in rows(run / "log.csv")] == ["3", "6", "8"]
+
+
+def test_flags_beside_resume(folder, tmp_path, monkeypatch):
+    """Only a longer run, another place of the data and another device may be asked for."""
+    run = short_run("ad", folder, tmp_path)
+    for flags in ("--lr 1", "--seed 3", "--steps 5", "--env cheetah_vel", "--name other"):
+        with pytest.raises(BadInput, match=flags.split()[0]):
+            call_main(monkeypatch, "--resume", run, *flags.split())
+    call_main(monkeypatch, "--resume", run, "--steps", "8", "--data", folder, "--device", "cpu")
+    assert [row["step"] for row in rows(run / "log.csv")] == ["3", "6", "8"]
+
+
+def test_a_run_of_another_machine_continues_on_this_device(folder, tmp_path, monkeypatch):
+    """A run that was trained on a device that is missing here continues where --device says."""
+    run = short_run("dpt", folder, tmp_path)
+    saved = torch.load(run / "ckpt.pt", weights_only=True)
+    saved["config"]["device"] = "cuda:99"
+    torch.save(saved, run / "ckpt.pt")
+    assert t2mir.load_agent(run).config.device == "cpu"
+    call_main(monkeypatch, "--resume", run, "--device", "cpu", "--steps", "7")
+    assert rows(run / "log.csv")[-1]["step"] == "7"
+
+
+@pytest.mark.parametrize("given", [{}, {"RANK": "0"}])
+def test_missing_data_is_collected_by_a_single_process(given, folder, tmp_path, monkeypatch):
+    """A family's missing dataset is collected; several processes do not each collect it, and own data never is."""
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    asked = []
+
+    def copy_data(name, out):
+        asked.append(name)
+        Path(out).mkdir(parents=True)
+        (Path(out) / f"{name}.npz").write_bytes(Path(f"{folder}/{name}.npz").read_bytes())
+
+    monkeypatch.setattr(t2mir, "collect", copy_data)
+    if given:
+        with pytest.raises(BadInput, match="point_robot.npz is missing"):
+            short_run("dpt", tmp_path / "data", tmp_path)
+    else:
+        assert short_run("dpt", tmp_path / "data", tmp_path, steps=1).exists()
+    with pytest.raises(BadInput, match="my_robot.npz is missing"):
+        short_run("dpt", tmp_path / "data", tmp_path, env="my_robot", name="other")
+    assert asked == ([] if given else ["point_robot"])
+
+
+def test_a_folder_belongs_to_one_run(folder, tmp_path, monkeypatch):
+    """A folder that another process uses and one that holds a finished run are refused, and stay as they are.
+
+    One that was stopped before its first checkpoint may be taken.
+    """
+    with claim(tmp_path / "run"), pytest.raises(BadInput, match="in use by another process"):
+        short_run("dpt", folder, tmp_path)
+    assert not (tmp_path / "run").exists()
+    with monkeypatch.context() as stopping, pytest.raises(KeyboardInterrupt):
+        stop_at(stopping, "dpt", 2)
+        short_run("dpt", folder, tmp_path)
+    before = (short_run("dpt", folder, tmp_path) / "ckpt.pt").read_bytes()
+    with pytest.raises(BadInput, match="--resume.*--name"):
+        short_run("dpt", folder, tmp_path, seed=9)
+    with claim(tmp_path / "run"), pytest.raises(BadInput, match="in use by another process"):
+        call_main(monkeypatch, "--resume", tmp_path / "run")
+    assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before
+
+
+SEVERAL = """
+import json, os, sys
+import torch, t2mir
+
+torch.set_num_threads(1)
+torch.randn_like = torch.zeros_like  # no noise in the routers, so that the test can repeat the run
+rank, given = os.environ["RANK"], json.loads(sys.argv[1])
+fit, write = t2mir.fit, t2mir.write_atomically
+
+
+def writing(path, content):
+    assert rank == "0", f"process {rank} writes {path}"
+    write(path, content)
+
+
+t2mir.write_atomically = writing
+for mode, backbone in t2mir.BACKBONES.items():
+    def recording(*args, batch=backbone.batch):
+        batches.append(batch(*args))
+        return batches[-1]
+
+    def watched(model, *rest):
+        batches.clear()
+        c = model.config
+        start = {name: p.clone() for name, p in model.state_dict().items()}
+        fit(model, *rest)
+        content = {"start": start, "end": model.state_dict(), "batches": batches[: c.steps]}
+        torch.save(content, f"{c.runs}/{c.mode}-{rank}.pt")
+
+    batches, backbone.batch, t2mir.fit = [], staticmethod(recording), watched
+    t2mir.train(t2mir.preset("point_robot", mode, name=mode, **given))
+"""
+
+
+def test_two_processes_train_one_model(folder, tmp_path):
+    """torchrun with two processes: other batches, one model, and only the first process writes.
+
+    Both end with the parameters of a plain loop that takes the mean of both losses in each step.
+    """
+    (tmp_path / "several.py").write_text(SEVERAL)
+    given = dict(steps=10, eval_every=10, data=folder, runs=str(tmp_path), warmup=3, lr=1e-3, eval_episodes=1)
+    given["momentum"] = 0.5
+    kept = ("d_model", "n_layers", "n_heads", "dropout", "moe_layers", "token_experts", "task_experts", "context")
+    kept += ("queries", "batch", "explore", "noise", "device")
+    given |= {key: value for key, value in dataclasses.asdict(tiny("ad")).items() if key in kept}
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [tmp_path / "several.py", json.dumps(given)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    for mode in MODES:
+        c, ranks = tiny(mode, **given), [torch.load(tmp_path / f"{mode}-{rank}.pt") for rank in (0, 1)]
+        for name, p in ranks[0]["end"].items():
+            assert torch.equal(p, ranks[1]["end"][name]), name
+            assert torch.equal(ranks[0]["start"][name], ranks[1]["start"][name]), name
+        assert all(not torch.equal(a["states"], b["states"]) for a, b in zip(*(rank["batches"] for rank in ranks)))
+        assert [row["step"] for row in rows(tmp_path / mode / "log.csv")] == ["10"]
+        for name, p in t2mir.load_agent(tmp_path / mode).state_dict().items():
+            assert torch.equal(p, ranks[0]["end"][name]), name
+
+        model, moved = T2MIR(c, sizes_of("point_robot")).train(), 0.0
+        model.load_state_dict(ranks[0]["start"])
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer, randn_like = torch.optim.AdamW(parameters, weight_decay=c.weight_decay), torch.randn_like
+        try:
+            torch.randn_like = torch.zeros_like
+            for step, pair in enumerate(zip(*(rank["batches"] for rank in ranks))):
+                falling = 0.5 * (1 + math.cos(math.pi * (step - 3) / 7))
+                optimizer.param_groups[0]["lr"] = 1e-3 * ((step + 1) / 3 if step < 3 else falling)
+                optimizer.zero_grad()
+                for batch in pair:
+                    losses = model(batch)
+                    loss = losses["action"] + c.w_imp * losses["importance"] + c.w_load * losses["load"]
+                    ((loss + c.w_con * losses["contrastive"]) / 2).backward()
+                torch.nn.utils.clip_grad_norm_(parameters, c.clip)
+                optimizer.step()
+                for block in model.blocks:
+                    key, router = block.moe.task_moe.key_router.weight, block.moe.task_moe.router.logits.weight
+                    key.data = key.data + c.momentum * (router.data - key.data)
+        finally:
+            torch.randn_like = randn_like
+        for name, p in model.state_dict().items():
+            near(ranks[0]["end"][name], p, 2e-4)
+            moved = max(moved, (p - ranks[0]["start"][name]).abs().max())
+        assert moved > 3e-3
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system cannot tell which cores may be used")
+def test_threads_stay_within_the_cores_of_this_process(monkeypatch):
+    """A simulator takes no more threads than the process may use cores, and no more than it has sub-environments."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)  # the machine's
+    for cores in (1, 2):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(10, 10 + cores)))
+        for name in ENVS:
+            for threads in (None, 1, 8):
+                vec = make_vec(name, sample_tasks(name, 3, seed=0), threads)
+                assert vec.threads == min(threads or cores, cores, 3)
+                vec.close()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Bad input
 
 
-# What stands before the bar are the flags of t2mir.py, or of collect.py; behind it, what the message must name.
+# What stands before the bar are the flags of t2mir.py; behind it, what the message must name.
 TRAIN = """
---env nope | --env 'nope'
---mode nope | --mode 'nope'
+--env nope | nope.npz
+--mode nope | --mode nope
 --nope 1 | --nope
---stepz 9 | --stepz 9: did you mean --steps?
---lr abc | --lr: invalid float value: 'abc'
+--stepz 9 | --steps
+--lr abc | 'abc'
 --lr nan | --lr nan
 --lr -1 | --lr -1
+--lr inf | --lr inf
 --steps 0 | --steps 0
---steps 1.5 | --steps: invalid int value: '1.5'
+--steps 1.5 | '1.5'
 --steps | --steps
 --warmup -1 | --warmup -1
---d_model 30 | --d_model 30
+--d_model 30 | --d_model
+--d_model 24 | --d_model
+--n_heads 3 | --n_heads
 --moe_layers 9 | --moe_layers 9
 --moe_layers x | --moe_layers x
+--moe_layers -1 | --moe_layers -1
 --batch 7 | --batch 7
 --batch 64 | --batch 64
---top_k 6 | --top_k 6
+--top_k 1 | --top_k 1
+--top_k 6 | --top_k
 --dropout 1 | --dropout 1
---history nope | --history 'nope'
---task_router nope | --task_router 'nope'
 --stride 0 | --stride 0
---eval_episodes 1 | --eval_episodes 1
---d_model 24 | --d_model 24
---dtype nope | --dtype 'nope'
+--eval_episodes 0 | --eval_episodes 0
+--dtype nope | nope
 --device nope | --device nope
---compile --dtype float32 | --compile needs --dtype bfloat16
+--noise -1 | --noise -1
 word | word
---tasks 9 | --tasks
 --mode ad --batch 4 --context 99 | --context 99
+--val_tasks 9 --batch 4 | --batch 4
 --runs FILE --batch 4 | FILE
---eval none | none/ckpt.pt
---eval FOLDER | FOLDER/ckpt.pt
---eval FILE | FILE is damaged
---eval none --tasks 1 | --tasks 1
---eval none --lr 1 | --lr
---eval none --device nope | --device nope
 --resume none | none/ckpt.pt
---resume none --lr 1 | --lr
---figures none | none
---figures | --figures
---resume none --figures none | --resume"""
-CASES = [(t2mir.main, case) for case in TRAIN.split("\n")[1:]]
+--resume FOLDER | FOLDER/ckpt.pt
+--resume none --lr 1 | none/ckpt.pt"""
+CASES = TRAIN.split("\n")[1:]
 
 
-@pytest.mark.parametrize("command, case", CASES, ids=[case for _, case in CASES])
-def test_bad_input_ends_in_one_line_and_code_2(command, case, folder, tmp_path, monkeypatch, capsys):
-    """At the command line: exit code 2, one line on stderr that names the fault, nothing on stdout, no new file."""
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_named_and_leaves_no_run(case, folder, tmp_path, monkeypatch, capsys):
+    """Bad flags raise an error, or are reported by the parser with exit code 2, and no run's folder is left."""
     flags, said = case.split(" | ")
     (tmp_path / "FILE").write_bytes(b"no checkpoint")
     (tmp_path / "FOLDER").mkdir()
     monkeypatch.chdir(tmp_path)
-    others = any(flag in flags for flag in ("--eval", "--figures", "--resume"))
-    where = [] if others else ["--data", folder]
-    monkeypatch.setattr(sys, "argv", ["program", *flags.split(), *where])
-    with pytest.raises(SystemExit) as ended:
-        command_line(command)
+    with pytest.raises((BadInput, OSError, SystemExit)) as ended:
+        call_main(monkeypatch, *flags.split(), "--data", folder)
     out, err = capsys.readouterr()
-    assert ended.value.code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and said in err, (
-        err
-    )
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["FILE", "FOLDER"]
+    if ended.type is SystemExit:
+        assert ended.value.code == 2
+        assert said in re.sub(r"\s+", " ", err.replace("│", " "))
+    else:
+        assert said in str(ended.value) and "\n" not in str(ended.value) and err == ""
+    assert out == "" and not list(tmp_path.rglob("*.json"))
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.name != "runs" and p.suffix != ".lock") == ["FILE", "FOLDER"]
 
 
-def test_a_dataset_that_does_not_fit_is_named(folder, tmp_path):
+def test_a_dataset_that_does_not_fit_is_named(folder, tmp_path, monkeypatch):
     """Another family's data under this name, a truncated file, too few tasks or episodes; no run folder is left."""
     point, cheetah = (Path(f"{folder}/{name}.npz").read_bytes() for name in ("point_robot", "cheetah_vel"))
     cases = [(cheetah, "", "must have shape"), (point[:3000], "", "damaged"), (point, "--batch 64", "--batch 64")]
@@ -1184,39 +1753,64 @@ def test_a_dataset_that_does_not_fit_is_named(folder, tmp_path):
     for content, argv, message in cases:
         (tmp_path / "point_robot.npz").write_bytes(content)
         with pytest.raises(BadInput, match=message) as caught:
-            t2mir.main([*argv.split(), "--data", str(tmp_path), "--runs", str(tmp_path / "runs")])
+            call_main(monkeypatch, *argv.split(), "--data", tmp_path, "--runs", tmp_path / "runs", "--name", "run")
         assert "\n" not in str(caught.value)
-        assert not (tmp_path / "runs").exists(), f"{message}: {list((tmp_path / 'runs').iterdir())}"
+        assert not (tmp_path / "runs" / "run").exists()
 
 
 def test_a_script_exits_with_its_code(tmp_path):
-    """The same as a process of its own, once for each script."""
-    for script, flag in (("t2mir.py", "--data ."), ("collect.py", "--env nope")):
-        (tmp_path / "point_robot.npz").write_bytes(b"no dataset")
+    """As a process of its own, each script ends in one line on stderr, code 1 for bad input and 2 for a bad flag."""
+    (tmp_path / "point_robot.npz").write_bytes(b"no dataset")
+    for script, flags, code in (
+        ("t2mir.py", "--data .", 1),
+        ("t2mir.py", "--stepz 9", 2),
+        ("collect.py", "--env nope", 1),
+    ):
         ended = subprocess.run(
-            [sys.executable, HERE / script, *flag.split()], cwd=tmp_path, capture_output=True, text=True
+            [sys.executable, HERE / script, *flags.split()], cwd=tmp_path, capture_output=True, text=True
         )
-        assert ended.returncode in (1, 2) and ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
-        assert [p.name for p in tmp_path.iterdir()] == ["point_robot.npz"]
+        assert ended.returncode == code and ended.stdout == ""
+        if code == 1:
+            assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
+        else:
+            assert "--stepz" in ended.stderr and "--steps" in ended.stderr and "Traceback" not in ended.stderr
+        assert not list(tmp_path.rglob("config.json"))
 
 
-def test_help_has_every_flag_with_its_default(capsys):
-    """One line or two for each field, under the headings in the order of the file."""
-    with pytest.raises(SystemExit):
-        t2mir.main(["--help"])
-    text = re.sub(r"\s", "", capsys.readouterr().out)  # argparse breaks lines at hyphens too
-    for f in dataclasses.fields(t2mir.Config):
-        said = f.metadata["help"] + f" [{f.default}]" * (f.default not in (False, ""))
-        assert re.sub(r"\s", "", f"--{f.name} {f.type.__name__.upper()} {said}".replace(" BOOL", "")) in text, f.name
-    groups = ["what to train", "model", "mixture of experts", "context", "optimisation", "evaluation", "system"]
-    places = [text.index(group.replace(" ", "") + ":--") for group in groups]
-    assert places == sorted(places)
+def test_help_has_every_flag_with_its_default(monkeypatch, capsys):
+    """Each field of Config is there with its comment and the default of the chosen environment and mode."""
+    monkeypatch.setenv("COLUMNS", "120")
+    for mode in MODES:
+        with pytest.raises(SystemExit):
+            call_main(monkeypatch, "--mode", mode, "--help")
+        text = re.sub(r"[\s│]", "", capsys.readouterr().out)
+        c, source = t2mir.preset("point_robot", mode), Path(t2mir.__file__).read_text()
+        for f in dataclasses.fields(Config):
+            (comment,) = re.findall(rf"^    {f.name}: [^#]*  # (.*)$", source, re.MULTILINE)
+            assert f"--{f.name.replace('_', '-')}" in text, f.name
+            value = getattr(c, f.name)
+            assert re.sub(r"\s", "", f"{comment} (default: {value}").replace("''", "") in text.replace("''", ""), f.name
+
+
+def test_flags_make_the_config(monkeypatch):
+    """Typed flags stand on top of the preset of --env and --mode, in whatever order; own data has the base defaults."""
+    configs = []
+    monkeypatch.setattr(t2mir, "train", configs.append)
+    flags = "--seed 3 --lr 1.5e-4 --no-token-moe --moe_layers 0,1 --data x --runs y --name z --device cpu"
+    given = dict(seed=3, lr=1.5e-4, token_moe=False, moe_layers="0,1", data="x", runs="y", name="z", device="cpu")
+    for env, mode in [*t2mir.PRESETS, ("point_robot", "dpt"), ("my_robot", "ad"), ("my_robot", "dpt")]:
+        call_main(monkeypatch, *flags.split(), "--env", env, "--mode", mode)
+        assert configs[-1] == t2mir.preset(env, mode, **given)
+        wanted = {f.name: f.default for f in dataclasses.fields(Config)} | t2mir.PRESETS.get((env, mode), {})
+        wanted |= {"env": env, "mode": mode, **given}
+        assert all(getattr(configs[-1], k) == v for k, v in wanted.items() if v != "auto")
+    assert configs[-1].steps == 1500 and t2mir.preset("my_robot", "ad").w_imp == 0.01
 
 
 def test_a_loss_that_is_no_number_stops_the_run(folder, tmp_path):
-    """Within the next look at the loss, long before the next evaluation, and the last checkpoint stays finite."""
+    """Within the next look at the loss, long before the next evaluation, and no checkpoint is written."""
     given = dict(data=folder, runs=str(tmp_path), steps=500, eval_every=60, eval_episodes=2, name="run", warmup=100)
-    with pytest.raises(FloatingPointError, match=r"between steps \d+ and \d+: .*ckpt.pt, if there is one"):
+    with pytest.raises(FloatingPointError, match="non-finite before step 50: .*--lr"):
         t2mir.train(tiny("dpt", lr=1e22, **given))
     assert not (tmp_path / "run" / "ckpt.pt").exists()
 
@@ -1234,99 +1828,6 @@ def test_a_full_disk_is_said_and_leaves_the_old_file(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "\n" not in str(caught.value)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("mode", ["ad", "dpt"])
-def test_a_run_stopped_by_ctrl_c_goes_on_as_if_nothing_had_been(folder, mode, tmp_path, monkeypatch):
-    """Stopped between two evaluations and resumed, dropout and router noise on, the log is that of a run left alone."""
-    given = dict(data=folder, runs=str(tmp_path), steps=12, eval_every=5, eval_episodes=2, dropout=0.1)
-    whole = t2mir.train(tiny(mode, name="whole", **given))
-    draw, drawn = Batches.next, []
-
-    def draw_and_interrupt(batches):
-        drawn.append(None)
-        if len(drawn) == 8:
-            os.kill(os.getpid(), signal.SIGINT)
-        return draw(batches)
-
-    monkeypatch.setattr(Batches, "next", draw_and_interrupt)
-    with pytest.raises(KeyboardInterrupt, match="stopped after step 8"):
-        t2mir.train(tiny(mode, name="broken", **given))
-    t2mir.main(["--resume", str(tmp_path / "broken")])
-    assert len(drawn) == 12
-    for name in ("log.csv", "result.csv"):
-        assert rows(whole / name) == rows(tmp_path / "broken" / name) != []
-
-
-def test_eval_acts_in_fresh_tasks(folder, tmp_path, capsys):
-    """--eval prints what `evaluate` returns on tasks drawn apart from the dataset's, of a folder or a checkpoint."""
-    run = short_run("dpt", folder, tmp_path, 5, "run")
-    stored = load(f"{folder}/point_robot.npz")
-    for name in ("ckpt.pt", "best.pt"):
-        capsys.readouterr()
-        where = run if name == "ckpt.pt" else run / name
-        t2mir.main(["--eval", str(where), "--tasks", "6", "--seed", "3", "--eval_episodes", "2"])
-        said = {line[:12].strip(): line[12:] for line in capsys.readouterr().out.splitlines()[1:]}
-        assert list(said) == ["random", "episode 1", "episode 2"]
-        tasks = sample_tasks("point_robot", 6, [3, 2])
-        assert not (tasks[:, None] == stored["tasks"]).all(-1).any()  # the dataset's seed is 3 too
-        for i, returns in enumerate(evaluate(t2mir.restore(run / name)[0], tasks, 2, seed=3), 1):
-            mean, error = map(float, said[f"episode {i}"].split("±"))
-            assert abs(mean - returns.mean()) < 0.006 and abs(error - np.std(returns, ddof=1) / 6**0.5) < 0.006
-
-
-SEVERAL = """
-import sys, torch, t2mir
-torch.set_num_threads(1)
-torch.randn_like = torch.zeros_like  # no noise in the routers: what is left must not depend on the processes
-for mode in ("ad", "dpt"):
-    t2mir.main([*sys.argv[2:], "--mode", mode, "--name", mode + sys.argv[1]])
-"""
-
-
-def test_two_processes_follow_one(folder, tmp_path):
-    """torchrun with half the batch each logs what one process does with all of it, for 20 steps, in both modes: the
-    balance loss and InfoNCE's negatives are of the whole batch."""
-    (tmp_path / "several.py").write_text(SEVERAL)
-    flags = "--steps 20 --eval_every 1 --eval_episodes 2 --batch 8 --queries 5 --context 3 --d_model 16 --n_heads 2 "
-    flags += "--n_layers 2 --moe_layers all --token_experts 4 --task_experts 4 --warmup 2 --dropout 0"
-    flags = [*flags.split(), "--data", folder, "--runs", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    for processes, how in (("1", []), ("2", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])):
-        command = [sys.executable, *how, tmp_path / "several.py", processes, *flags]
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-        assert ended.returncode == 0, ended.stderr
-    for mode in ("ad", "dpt"):
-        one, two = (rows(tmp_path / (mode + processes) / "log.csv") for processes in "12")
-        assert len(one) == len(two) == 20
-        for a, b in zip(one, two):
-            for key in ("loss", "action", "balance", "contrastive"):
-                assert abs(float(a[key]) - float(b[key])) < 2e-5 * max(1, abs(float(a[key]))), (a, b)
-        with pytest.raises(BadInput, match="ran in 2 processes"):
-            t2mir.main(["--resume", str(tmp_path / f"{mode}2")])
-
-
-@pytest.mark.parametrize("mode", ["ad", "dpt"])
-def test_flops_of_a_step_are_close_to_torchs_count(mode, folder):
-    """Torch counts no attention scores on a CPU, but embeddings and head, here less than a hundredth."""
-    c = tiny(mode, d_model=64, no_token_moe=True, no_task_moe=True, moe_layers="last")
-    batches = Batches(c, load(f"{folder}/point_robot.npz"))
-    with FlopCounterMode(display=False) as counter:
-        t2mir.take_step(*(model := T2MIR(c), t2mir.make_optimizer(model)), batches, c)
-    n, queries = (3 * 20 * c.context, 0) if mode == "ad" else (3 * 20, c.queries)
-    pairs = n * n / 2 + queries * n / 2  # of tokens, one of which sees the other
-    scores = 8 * 2 * pairs * 2 * 64 * 2 * 3  # sequences, layers, pairs, score and mix of 64 numbers, FLOPs, passes
-    assert 1 <= counter.get_total_flops() / (t2mir.flops_of_step(c) - scores) < 1.01
-
-
-def test_bench_runs(capsys):
-    """Prints the rates of both agents; on made-up data, so no dataset is needed."""
-    t2mir.bench(tiny("dpt", batch=4), num_tasks=2)
-    out = capsys.readouterr().out
-    assert "T2MIR trains" in out and "dense trains" in out and "T2MIR's step takes" in out
-    (shares,) = (line for line in out.splitlines() if "where the time" in line)
-    assert abs(sum(map(int, re.findall(r"(\d+)%", shares))) - 100) <= 2  # each is rounded
-    assert all(kind in shares for kind in ("attention", "other products", "the rest"))
 
 
 def test_a_dataset_is_checked_array_by_array(folder, tmp_path):

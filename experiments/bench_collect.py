@@ -1,23 +1,29 @@
 """Measures how fast `collect.py` trains its agents: all of them in one batch, one alone, and where the time goes.
 
-    python experiments/bench_collect.py cheetah_vel
+    python experiments/bench_collect.py ENV
+
+Rates are medians of three rounds, environment steps included, and the first round warms up. They stand beside the rate
+that the matrix products alone would allow, on this machine and at the size of the critics' hidden layer. Takes about a
+minute.
 """
 
 import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from collect import PRESETS, Collection, Settings  # noqa: E402
+from collect import PRESETS, BadInput, Collection, Settings  # noqa: E402
 from envs import ENVS  # noqa: E402
 
-
-def make_settings(name, **given):
-    return Settings(**{"env": name, **PRESETS.get(name, {}), **given})
+# What an operation's name contains, and what it is.
+KINDS = {"bmm": "matrix products", "layer_norm": "layer norm", "copy_": "casts and copies", "clamp_min": "ReLU"}
+KINDS |= {"threshold": "ReLU", "adam": "Adam and targets", "lerp": "Adam and targets", "index": "sampling"}
 
 
 def flops_of_update(family, s):
@@ -31,52 +37,68 @@ def flops_of_update(family, s):
     return 2 * s.batch * (targets + critics + policy / 2)
 
 
-def bench(name, **given):
-    """Prints agent-updates a second of all agents in one batch and of one agent alone, how much of the machine's rate
-    of matrix products the batch reaches, and where its time goes. Takes about a minute."""
-    s = make_settings(name, **{**given, "steps": 4 * ENVS[name].horizon, "random_steps": 1, "episodes": 1})
-    num, rates, seconds, threads = s.train_tasks + s.test_tasks, {}, [], torch.get_num_threads()
-    runs = {n: Collection(s, n) for n in (num, 1)}
+def update_rates(runs):
+    """Agent-updates a second of each Collection in `runs`, a dict from its number of agents."""
+    rates, threads = {n: [] for n in runs}, torch.get_num_threads()
     for _ in range(4):  # in turn, so that a busy moment of the machine meets both; the first round warms up
         for n, run in runs.items():
             torch.set_num_threads(threads if n > 1 else 1)  # one agent is fastest on one
-            start = time.time()
+            start = time.perf_counter()
             run.run_round()
-            rates.setdefault(n, []).append(n * run.T / (time.time() - start))
+            rates[n].append(n * run.T / (time.perf_counter() - start))
     torch.set_num_threads(threads)
-    many, one = (statistics.median(rates[n][1:]) for n in runs)
+    return {n: statistics.median(r[1:]) for n, r in rates.items()}
+
+
+def product_rate(s, num):
+    """FLOP/s of the product in the hidden layer of the critics of `num` agents, alone."""
     a = torch.randn(2 * num, s.batch, s.hidden, dtype=getattr(torch, s.dtype), device=s.device)
-    b = torch.randn(2 * num, s.hidden, s.hidden, dtype=a.dtype, device=s.device)
-    for _ in range(100):  # the critics' hidden layer, alone
-        start = time.time()
+    b, seconds = torch.randn(2 * num, s.hidden, s.hidden, dtype=a.dtype, device=s.device), []
+    for _ in range(100):
+        start = time.perf_counter()
         (a @ b)[0, 0, 0].item()
-        seconds.append(time.time() - start)
-    peak = 2 * a.numel() * s.hidden / statistics.median(seconds)
-    flops = flops_of_update(ENVS[name], s)
-    reached = many * flops / peak
-    print(f"{name}: hidden {s.hidden}, batch {s.batch}, {s.dtype}, environment steps included, medians of 3 rounds")
-    print(f"{num} agents in a batch  {many:6.0f} agent-updates/s")
-    print(f"one agent alone       {one:6.0f} agent-updates/s: the batch is {many / one:.1f} times as fast")
-    print(f"matrix products alone {many / reached:6.0f} agent-updates/s, of which this is {reached:.0%}:")
-    print(f"    {flops / 1e6:.0f} MFLOP an update, and the machine makes {peak / 1e9:.0f} GFLOP/s")
-    run, start, steps = runs[num], time.time(), 20
+        seconds.append(time.perf_counter() - start)
+    return 2 * a.numel() * s.hidden / statistics.median(seconds)
+
+
+def parts_of_step(run, steps=20):
+    """Seconds that the parts of one step of the Collection `run` take, each measured alone: a dict, name -> number."""
     run.env.reset(seed=0)
+    start = time.perf_counter()
     for _ in range(steps):
         run.env.step(np.zeros(run.env.action_space.shape))
-    parts, total = {"environments": (time.time() - start) / steps}, num / many
-    kinds = {"bmm": "matrix products", "layer_norm": "layer norm", "copy_": "casts and copies", "clamp_min": "ReLU"}
-    kinds |= {"threshold": "ReLU", "adam": "Adam and targets", "lerp": "Adam and targets", "index": "sampling"}
+    parts = {"environments": (time.perf_counter() - start) / steps}
     with torch.profiler.profile() as profiler:
         for step in range(steps):
-            run.agents.update(*run.sample(4 * run.T), policy=step % 2 == 0)
+            run.agents.update(*run.sample(run.round * run.T), policy=step % 2 == 0)
     for event in profiler.key_averages():
-        kind = next((kind for key, kind in kinds.items() if key in event.key), "the rest")
+        kind = next((kind for key, kind in KINDS.items() if key in event.key), "the rest")
         microseconds = event.self_cpu_time_total if run.device.type == "cpu" else event.self_device_time_total
         parts[kind] = parts.get(kind, 0) + microseconds / 1e6 / steps
-    print(f"one step of the batch {1e3 * total:6.1f} ms; its parts, each measured alone:")
-    for kind, t in sorted(parts.items(), key=lambda item: -item[1]):
-        print(f"    {kind:18}{1e3 * t:6.1f} ms")
+    return parts
+
+
+def main(env: tyro.conf.Positional[Literal["point_robot", "cheetah_vel", "walker_param"]], device: str = "auto"):
+    family = ENVS[env]
+    short = dict(steps=4 * family.horizon, random_steps=1, episodes=1, device=device)
+    s = Settings(**{"env": env, **PRESETS.get(env, {}), **short})
+    num = s.train_tasks + s.test_tasks
+    runs = {n: Collection(s, n) for n in (num, 1)}
+    many, one = update_rates(runs).values()
+    flops, product = flops_of_update(family, s), product_rate(s, num)
+    print(f"{env}: hidden {s.hidden}, batch {s.batch}, {s.dtype}")
+    print(f"{num} agents in a batch  {many:6.0f} agent-updates/s")
+    print(f"one agent alone       {one:6.0f} agent-updates/s: the batch is {many / one:.1f} times as fast")
+    share = many * flops / product
+    print(f"matrix products alone {product / flops:6.0f} agent-updates/s, of which the batch makes {share:.0%}:")
+    print(f"    {flops / 1e6:.0f} MFLOP an update, and the machine makes {product / 1e9:.0f} GFLOP/s")
+    print(f"one step of the batch {1e3 * num / many:6.1f} ms; its parts, each measured alone:")
+    for kind, seconds in sorted(parts_of_step(runs[num]).items(), key=lambda item: -item[1]):
+        print(f"    {kind:18}{1e3 * seconds:6.1f} ms")
 
 
 if __name__ == "__main__":
-    bench(sys.argv[1])
+    try:
+        tyro.cli(main, description=__doc__)
+    except BadInput as error:
+        sys.exit(f"error: {error}")

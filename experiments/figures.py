@@ -1,0 +1,150 @@
+"""Compares finished runs: a table (results.md), a row per run (results.csv), and a picture per environment (ENV.png).
+
+    python experiments/figures.py RUN [RUN ...] --out FOLDER
+
+The runs (seeds) of an agent are those whose settings are the same. Scores are (R - R_random) / (R_expert - R_random) on
+the held-out tasks. Behind each mean stands its 95% interval: a percentile bootstrap that draws seeds and tasks anew,
+each with replacement, and is too narrow where there are few seeds. A picture has the test return against the training
+step (the paper's Fig. 3), a line per run, and the score against the episode in context, with the interval.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+from scipy.stats import bootstrap
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import t2mir  # noqa: E402
+from collect import BadInput, write_atomically  # noqa: E402
+
+CONTEXTS = ("own", "hidden", "other")
+NO_SETTING = {"seed", "device", "dtype", "data", "runs", "name", "resume", "eval_every"}  # do not make another agent
+MOE = {"token_moe", "task_moe", "token_experts", "task_experts", "top_k", "w_imp", "w_load", "w_con", "momentum"}
+
+
+def read(folder):
+    """A finished run as a dict: what its folder holds, its agent and the agent's dense baseline, and the scores."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        log = list(csv.DictReader((folder / "log.csv").read_text().splitlines()))
+        with np.load(folder / "result.npz") as arrays:
+            result = dict(arrays)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{folder} is not a finished run ({str(error).splitlines()[0]})") from None
+    if "tasks" not in result or len(result["own"]) < 2:
+        raise BadInput(f"{folder} has no returns of two or more episodes to compare")
+    base = dataclasses.asdict(t2mir.preset(config["env"], config["mode"]))
+    changed = {k: config[k] for k in base if k in config and config[k] != base[k]}
+    settings = {k: v for k, v in changed.items() if k not in NO_SETTING}
+    backbone, dense = config["mode"].upper(), not (config["token_moe"] or config["task_moe"])
+    without_moe = " ".join([backbone, *(f"{k}={v}" for k, v in settings.items() if k not in MOE)])
+    agent = without_moe if dense else " ".join([f"T2MIR-{backbone}", *(f"{k}={v}" for k, v in settings.items())])
+    command = f"python t2mir.py --env {config['env']} --mode {config['mode']}"
+    for k, v in changed.items():
+        if k not in {"device", "data", "runs", "name", "resume"}:
+            flag = k.replace("_", "-")
+            command += f" --{'' if v else 'no-'}{flag}" if isinstance(v, bool) else f" --{flag} {v}"
+    scores = {k: t2mir.normalised(result[k], result, slice(None)) for k in CONTEXTS}  # (episodes, tasks) each
+    run = {"env": config["env"], "agent": agent, "baseline": None if dense else without_moe, "seed": config["seed"]}
+    return run | {"command": command, "log": log, "result": result, "scores": scores}
+
+
+def interval(scores):
+    """Mean of scores (seeds, tasks) and the ends of its 95% interval."""
+    at = [np.arange(n) if n > 1 else np.zeros(2, int) for n in scores.shape]  # one seed is drawn again and again
+
+    def mean(seeds, tasks, axis):
+        return scores[seeds[..., :, None], tasks[..., None, :]].mean((-2, -1))
+
+    drawn = bootstrap(at, mean, n_resamples=2000, method="percentile", rng=0)
+    return scores.mean(), *drawn.confidence_interval
+
+
+def cell(scores):
+    return "{:.3f} [{:.3f}, {:.3f}]".format(*interval(scores))
+
+
+def csv_row(run):
+    """The run's row in results.csv; cells with several numbers have them by episode, or score_of_task by task."""
+    row = {k: run[k] for k in ("env", "agent", "seed", "command")} | {"seconds": run["log"][-1]["seconds"]}
+    lists = {k: run["result"][f"{k}_return"].mean(keepdims=True) for k in ("random", "expert")}
+    lists |= {"return": run["result"]["own"].mean(1), "score_of_task": run["scores"]["own"][1:].mean(0)}
+    lists |= {f"score_{k}": np.nanmean(run["scores"][k], axis=1) for k in CONTEXTS}
+    return row | {k: " ".join(f"{x:.4g}" for x in numbers) for k, numbers in lists.items()}
+
+
+def picture(env, groups, out):
+    """Draws the agents of one environment; `groups` is a dict agent -> list of runs."""
+    fig = Figure(figsize=(9, 3.4))
+    left, right = fig.subplots(1, 2)
+    for i, (agent, runs) in enumerate(groups.items()):
+        for run in runs:
+            steps, returns = ([float(row[k]) for row in run["log"]] for k in ("step", "return"))
+            left.plot(steps, returns, "o-", color=f"C{i}", ms=2, lw=1)
+        scores = np.stack([run["kept"]["own"] for run in runs], axis=1)  # (episodes, seeds, tasks)
+        mean, low, high = np.array([interval(s) for s in scores]).T
+        right.plot(range(1, len(mean) + 1), mean, "o-", color=f"C{i}", ms=3, label=f"{agent}, {len(runs)} runs")
+        right.fill_between(range(1, len(mean) + 1), low, high, color=f"C{i}", alpha=0.2, lw=0)
+    for k, style in (("expert", "--"), ("random", ":")):
+        left.axhline(run["result"][f"{k}_return"].mean(), color="k", ls=style, lw=1, label=k)
+    left.set(xlabel="training step", ylabel="return in held-out tasks, last episode", title=env)
+    right.set(xlabel="episode in context", ylabel="score (0 random, 1 expert)", title="held-out tasks, end of training")
+    left.legend(fontsize=7)
+    right.legend(fontsize=7)
+    fig.tight_layout()
+    write_atomically(out / f"{env}.png", lambda file: fig.savefig(file, dpi=150, format="png"))
+
+
+def main(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("figures")):
+    if not runs:
+        raise BadInput("name at least one folder of a finished run")
+    table, groups, differences = [read(run) for run in runs], {}, []
+    for run in table:
+        tasks, first = run["result"]["tasks"], next(r for r in table if r["env"] == run["env"])["result"]["tasks"]
+        if not np.array_equal(tasks, first):
+            raise BadInput(f"the runs of {run['env']} act in different tasks: compare runs of one dataset")
+        members = groups.setdefault(run["env"], {}).setdefault(run["agent"], [])
+        if run["seed"] in [r["seed"] for r in members]:
+            raise BadInput(f"two runs of {run['agent']} on {run['env']} have seed {run['seed']}: name one of them")
+        if members and len(run["scores"]["own"]) != len(members[0]["scores"]["own"]):
+            raise BadInput(f"the runs of {run['agent']} on {run['env']} act in different numbers of episodes")
+        members.append(run)
+        kept = np.isfinite(run["scores"]["own"][0])  # where the expert is better than random
+        if kept.sum() < 2:
+            raise BadInput(f"{run['env']} needs two held-out tasks in which the expert is better than random")
+        run["kept"] = {k: scores[:, kept] for k, scores in run["scores"].items()}
+    columns = "environment, agent, seeds, episode 1, episode 2, episodes 2 to last, last, hidden, other".split(", ")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for env, agents in groups.items():
+        for agent, members in agents.items():
+            own, hidden, other = (np.stack([r["kept"][k] for r in members]) for k in CONTEXTS)  # seeds, episodes, tasks
+            means = own[:, 0], own[:, 1], own[:, 1:].mean(1), own[:, -1], hidden[:, 1:].mean(1), other[:, 1:].mean(1)
+            lines.append(f"| {env} | {agent} | {len(members)} | {' | '.join(map(cell, means))} |")
+            dense = {r["seed"]: r["kept"]["own"][1:].mean(0) for r in agents.get(members[0]["baseline"], [])}
+            pairs = [r["kept"]["own"][1:].mean(0) - dense[r["seed"]] for r in members if r["seed"] in dense]
+            if pairs:
+                text = f"{env}, {agent} minus {members[0]['baseline']}, episodes 2 to last, {len(pairs)} common seeds: "
+                differences += ["", f"{text}{cell(np.array(pairs))}"]
+        picture(env, agents, out)
+    text = "\n".join([*lines, *differences])
+    print(text)
+    write_atomically(out / "results.md", lambda file: file.write(f"{text}\n".encode()))
+    rows, cells = [csv_row(run) for run in table], io.StringIO()
+    writer = csv.DictWriter(cells, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(out / "results.csv", lambda file: file.write(cells.getvalue().encode()))
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main, description=__doc__)
+    except (BadInput, OSError) as error:
+        sys.exit(f"error: {error}")

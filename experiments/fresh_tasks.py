@@ -1,0 +1,79 @@
+"""Acts with the agents of finished runs in fresh tasks, which no dataset holds: mean returns by episode in context.
+
+    python experiments/fresh_tasks.py RUN [RUN ...] [--tasks 100] [--seed 0] [--context hidden] [--csv FILE]
+
+Several runs (seeds) of one agent act in the same tasks, and a task's return is the mean over the runs. Behind each mean
+stands its 95% interval, bootstrapped over the tasks; it says nothing about the runs.
+"""
+
+import csv
+import sys
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+from scipy.stats import bootstrap
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import t2mir  # noqa: E402
+from collect import BadInput, average_return  # noqa: E402
+from envs import ENVS, sample_tasks  # noqa: E402
+
+
+def main(
+    runs: tyro.conf.Positional[tuple[Path, ...]],
+    tasks: int = 100,
+    seed: int = 0,
+    context: Literal["own", "hidden", "other"] = "own",
+    csv: Path | None = None,
+):
+    """Acts and prints.
+
+    Args:
+        runs: folders of runs, or checkpoints, of one environment
+        tasks: how many tasks are drawn
+        seed: random seed of the tasks, of the start states and of the exploration
+        context: the agent's own context, or one of the two controls of `t2mir.evaluate`
+        csv: file to which a row for each episode is added
+    """
+    agents = [t2mir.load_agent(run) for run in runs]
+    if not agents:
+        raise BadInput("name at least one run")
+    if tasks < 2:
+        raise BadInput(f"--tasks {tasks} is too small: an interval needs at least 2")
+    own = dict.fromkeys(("seed", "name", "runs", "data", "device"))  # what may differ between runs of one agent
+    if len({str(vars(agent.config) | own) for agent in agents}) > 1:
+        raise BadInput("the runs must be of one agent and differ in their seeds only")
+    env = agents[0].config.env
+    if env not in ENVS:
+        raise BadInput(f"{env} has no simulator in envs.py")
+    fresh = sample_tasks(env, tasks, [seed, 2])  # a stream of its own: the seed of a dataset is one number
+    returns = [t2mir.evaluate(agent, fresh, agent.config.eval_episodes, seed, context) for agent in agents]
+    returns = np.mean(returns, axis=0)  # (episodes, tasks)
+    random = average_return(env, fresh, None, 1, seed, "cpu")
+    names = " ".join(str(run) for run in runs)
+    print(f"{names}: {env}, context {context}, {tasks} fresh tasks of seed {seed}; mean return, 95% interval")
+    rows = []
+    for episode, of_task in [("random", random), *enumerate(returns, 1)]:
+        ends = bootstrap((of_task,), np.mean, method="percentile", rng=0).confidence_interval
+        print(f"{episode if episode == 'random' else f'episode {episode}':12}", end="")
+        print(f"{of_task.mean():9.2f}   {ends.low:9.2f} to {ends.high:.2f}")
+        rows.append((names, env, context, tasks, seed, episode, *(f"{r:.6g}" for r in (of_task.mean(), *ends))))
+    if csv is not None:
+        append(csv, ("runs", "env", "context", "tasks", "seed", "episode", "return", "low", "high"), rows)
+
+
+def append(path, header, rows):
+    """Adds rows to a CSV file, which begins with `header`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows(rows if file.tell() else [header, *rows])
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main, description=__doc__)
+    except (BadInput, OSError) as error:
+        sys.exit(f"error: {error}")
