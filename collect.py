@@ -52,11 +52,10 @@ from envs import ENVS, make_vec, sample_tasks
 
 SAVE_EVERY = 300  # seconds between saves of an unfinished collection
 
-# By default glibc returns large freed blocks to the system, and every new tensor costs page faults: a quarter of the
-# processor's time in an update of 60 agents. These two settings make it keep them.
+# By default glibc returns large freed blocks to the system, and the page faults of new tensors cost a quarter of the
+# time of an update of 60 agents. M_TRIM_THRESHOLD and M_MMAP_THRESHOLD make it keep them.
 if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
+    libc.mallopt(-1, 2**31 - 1), libc.mallopt(-3, 2**25)
 
 # ---- Files: written atomically, used by one process at a time, checked when they are read ----------------------------
 
@@ -85,15 +84,11 @@ def write_atomically(path, write):
 def claim(path):
     """Keeps other processes away from `path` in a `with` block. Raises BadInput if another process has claimed it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
-        lock.acquire(timeout=0)
+        with FileLock(path.with_name(f".{path.name}.lock"), timeout=0):
+            yield
     except Timeout:
         raise BadInput(f"{path} is in use by another process: wait for it, or choose another name") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 def load(path):
     """Reads and checks a dataset; returns a dict: its arrays, the file's `fingerprint`, and if there is a `simulator`.
@@ -113,14 +108,12 @@ def load(path):
         raise BadInput(f"{path} is damaged or not a dataset ({str(error).splitlines()[0]})") from None
     for name in ("states", "actions", "rewards", "test"):
         require(name in data, f"{path} has no array `{name}`: collect.py begins with the list of arrays")
-    shape = data["rewards"].shape
-    require(len(shape) == 3, f"{path}: `rewards` must have shape (tasks, episodes, steps), not {shape}")
-    sizes = dict(zip("NET", shape), obs_dim=data["states"].shape[-1], act_dim=data["actions"].shape[-1])
+    require(data["rewards"].ndim == 3, f"{path}: `rewards` must have shape (N E T), not {data['rewards'].shape}")
+    sizes = dict(zip("NET", data["rewards"].shape), obs=data["states"].shape[-1], act=data["actions"].shape[-1])
     if family := ENVS.get(path.stem):
-        sizes |= {"T": family.horizon, "obs_dim": family.obs_dim, "act_dim": family.act_dim}
-    shapes = {"states": "N E T obs_dim", "rewards": "N E T", "test": "N", "guest": "E"}
-    shapes |= dict.fromkeys(("actions", "expert_actions", "learner_actions"), "N E T act_dim")
-    shapes |= dict.fromkeys(("random_return", "expert_return"), "N")
+        sizes |= dict(T=family.horizon, obs=family.obs_dim, act=family.act_dim)
+    shapes = dict(states="N E T obs", rewards="N E T", test="N", guest="E", random_return="N", expert_return="N")
+    shapes |= dict.fromkeys(("actions", "expert_actions", "learner_actions"), "N E T act")
     for name in shapes.keys() & data.keys():
         x, shape = data[name], tuple(sizes[size] for size in shapes[name].split())
         require(x.shape == shape, f"{path}: `{name}` must have shape ({shapes[name]}) = {shape}, not {x.shape}")
@@ -141,7 +134,7 @@ class Settings:
     """What a collection depends on. PRESETS has what differs by environment."""
 
     env: str = "point_robot"  # task family: a name in ENVS
-    steps: int = 2_200  # environment steps of each copy; after the random steps, one update per step
+    steps: int = 3_300  # environment steps of each copy; after the random steps, one update per step
     copies: int = 4  # copies of its environment in which each agent acts
     hidden: int = 64  # width of the two hidden layers of actor and critics
     batch: int = 64  # transitions in an update of one agent
@@ -149,14 +142,14 @@ class Settings:
     gamma: float = 0.9  # discount factor
     n_step: int = 1  # rewards summed before the target critics are asked for the rest
     recency: float = 1.0  # 1 draws all stored steps equally often; larger values draw recent steps more often
-    tau: float = 0.01  # fraction by which the target critics move towards the critics in each update
-    temperature: float = 0.05  # weight of the policy's entropy, in units of reward
+    tau: float = 0.02  # fraction by which the target critics move towards the critics in each update
+    temperature: float = 0.02  # weight of the policy's entropy, in units of reward
     critic_norm: bool = True  # layer norm in the critics: more stable and slower
     random_steps: int = 800  # steps with uniformly random actions before learning starts
-    train_tasks: int = 45  # tasks to train in-context agents on
-    test_tasks: int = 15  # tasks held out for their evaluation
+    train_tasks: int = 200  # tasks to train in-context agents on
+    test_tasks: int = 50  # tasks held out for their evaluation
     episodes: int = 400  # episodes stored per task, evenly spaced over the history; at most those that were made
-    history: float = 1.0  # part of the run that is stored; in the rest the agents only become better experts
+    history: float = 0.667  # part of the run that is stored; in the rest the agents only become better experts
     seed: int = 0  # random seed, which also draws the tasks
     device: str = "auto"  # cpu, cuda, or auto: cuda if there is one
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # of the hidden layers' matrix products
@@ -164,24 +157,26 @@ class Settings:
 
     def __post_init__(self):
         self.device = pick_device(self.device)
-        self.dtype = fast_dtype(self.device) if self.dtype == "auto" else self.dtype
+        if self.dtype == "auto":  # bfloat16 where the hardware has instructions for its matrix products
+            cpu = torch.cpu.get_capabilities()
+            native = self.device != "cpu" or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+            self.dtype = "bfloat16" if native else "float32"
         require(self.env in ENVS, f"unknown --env {self.env}: choose one of {', '.join(ENVS)}")
         for f in dataclasses.fields(self):
-            low, value = 0 if f.name in ("seed", "temperature") else 1e-12, getattr(self, f.name)
-            fits = f.type not in (int, float) or low <= value < float("inf")
-            require(fits, f"--{f.name} {value} must be {'positive' if low else 'at least 0'} and finite")
-        require(self.gamma < 1, f"--gamma {self.gamma} must be below 1")
-        require(self.tau <= 1, f"--tau {self.tau} must be at most 1")
-        require(self.history <= 1, f"--history {self.history} must be at most 1")
+            low, high = 0 if f.name in ("seed", "temperature") else 1e-9, dict(gamma=0.9999, tau=1, history=1)
+            value, high = getattr(self, f.name), high.get(f.name, 1e99)
+            fits = f.type not in (int, float) or low <= value <= high
+            require(fits, f"--{f.name} {value} must lie between {low:g} and {high:g}")
         T = ENVS[self.env].horizon
         learns = self.steps // T * T > self.random_steps
         require(learns, f"--steps {self.steps} leaves nothing to learn after --random_steps {self.random_steps}")
 
 # How the MuJoCo recipes were found: experiments/RESULTS.md, "Collection". Point-Robot acts randomly for the first third
 # of its run, because an in-context agent also moves randomly when it meets a new task.
-MUJOCO = dict(hidden=128, batch=128, gamma=0.98, tau=0.05, random_steps=400, episodes=80)
+MUJOCO = dict(hidden=128, batch=128, gamma=0.98, tau=0.05, random_steps=400, episodes=80, history=1.0)
+MUJOCO |= dict(train_tasks=45, test_tasks=15)
 PRESETS = {
-    "cheetah_vel": dict(MUJOCO, lr=3e-3, critic_norm=False, steps=24_000),
+    "cheetah_vel": dict(MUJOCO, lr=3e-3, critic_norm=False, temperature=0.05, steps=24_000),
     "walker_param": dict(MUJOCO, lr=2e-3, n_step=3, recency=4.0, temperature=0.2, steps=48_000),
 }
 
@@ -194,19 +189,13 @@ def pick_device(name):
         raise BadInput(f"--device {name} does not work here ({str(error).splitlines()[0]})") from None
     return name
 
-def fast_dtype(device):
-    """bfloat16 where `device` has instructions for its matrix products, else float32."""
-    cpu = torch.cpu.get_capabilities()
-    native = cpu.get("avx512_bf16") or cpu.get("amx_bf16") if torch.device(device).type == "cpu" else True
-    return "bfloat16" if native else "float32"
-
 # ---- Soft actor-critic for many agents at once -----------------------------------------------------------------------
 
 class BatchedMLP(nn.Module):
-    """`num` independent multi-layer perceptrons evaluated at once: (num, B, sizes[0]) -> (num, B, sizes[-1]) float32.
+    """`num` independent multi-layer perceptrons at once: (num, B, sizes[0]) -> (num, B, sizes[-1]) float32.
 
-    `norm` puts a layer norm without parameters before each ReLU. In a critic it bounds the values of actions that were
-    never tried. The hidden layers multiply in `dtype`, the last one adds up in float32.
+    `norm` puts a layer norm without parameters before each ReLU, which bounds a critic's values of untried actions. The
+    hidden layers multiply in `dtype`, the last one adds up in float32.
     """
 
     def __init__(self, num, sizes, norm=False, dtype=torch.float32):
@@ -230,8 +219,8 @@ class BatchedSAC(nn.Module):
     """Soft actor-critic (Haarnoja et al. 2018) for `num` agents at once, one per task, which share nothing.
 
     The losses are summed over agents and Adam is elementwise, so each agent learns what it would learn alone. Two
-    details let it learn in few updates. Its networks see normalised states. And its critics predict (1 - gamma) times
-    the usual return, so that values have the size of one reward whatever gamma is.
+    details let it learn in few updates: its networks see normalised states, and its critics predict (1 - gamma) times
+    the usual return, which has the size of one reward whatever gamma is.
     """
 
     def __init__(self, num, obs_dim, act_dim, s):
@@ -277,9 +266,9 @@ class BatchedSAC(nn.Module):
     def update(self, states, actions, rewards, discounts, next_states, noise, policy=True):
         """One step of the critics, their targets and, if `policy`, the actors on a batch (num, B, ...).
 
-        `next_states` lie n steps after `states`; `rewards` (num, B) are the discounted sums over these n steps and
-        `discounts` (num, B) are gamma^n. `noise` (2, num, B, act_dim) is standard normal. Episodes only end by the
-        clock, so the value of the next state always counts.
+        `next_states` lie n steps after `states`, `rewards` (num, B) are the discounted sums over these steps and
+        `discounts` (num, B) gamma^n. `noise` (2, num, B, act_dim) is standard normal. Only the clock ends an episode,
+        so the value of the next state always counts.
         """
         gamma, entropy_weight = self.s.gamma, (1 - self.s.gamma) * self.s.temperature
         with torch.no_grad():
@@ -342,10 +331,9 @@ class Collection:
         self.states = torch.zeros(num, shape[1], self.T + 1, family.obs_dim, device=self.device)
         self.actions, self.learner_actions = torch.zeros(2, *shape, family.act_dim, device=self.device)
         self.rewards = torch.zeros(shape, device=self.device)
-        # The copies differ, so that the histories hold what an in-context agent will meet. While actions are random,
-        # copy c repeats each of them for 2^c steps, which leads farther. Later the first copy acts without noise and
-        # the others sample from the policy. In the last copy the policy is a guest: the agent of another task. A slow
-        # cheetah never runs by itself, so only a guest can show it how to slow down. SAC learns from any policy's data.
+        # The copies differ. While actions are random, copy c repeats each of them for 2^c steps, which leads farther.
+        # Later the first copy acts without noise, the others sample, and in the last one a guest acts, the agent of
+        # another task: a slow cheetah never runs by itself, so only a guest can show it how to slow down.
         copy_index = torch.arange(s.copies, device=self.device)[:, None]
         self.repeat = 2**copy_index
         self.noisy = (copy_index > 0) | (s.copies < 3)  # (copies, 1)
@@ -357,9 +345,7 @@ class Collection:
         self.rng.manual_seed(s.seed * 2**20 + self.round)  # a seed per round makes a resumed collection exact
         observations, _ = self.env.reset(seed=s.seed * 2**20 + self.round)
         episodes = slice(self.round * c, self.round * c + c)
-        states, actions, learner, rewards = (
-            x[:, episodes] for x in (self.states, self.actions, self.learner_actions, self.rewards)
-        )  # (num, c, T, ...)
+        states, actions, learner, rewards = (x[:, episodes] for x in self.arrays())  # (num, c, T, ...)
         states[:, :, 0] = torch.as_tensor(observations, device=self.device).view(num, c, -1)
         copies = torch.arange(c, device=self.device)
         acts_in = torch.arange(num, device=self.device)[:, None].repeat(1, c)  # [agent, copy] -> task
@@ -390,10 +376,9 @@ class Collection:
     def sample(self, step):
         """A batch for `update` from everything stored in each agent's own task before `step`.
 
-        The age of a drawn step, as a fraction of the run so far, is U^recency with U uniform in (0, 1]. With a recency
-        of 4 half of the draws come from the last sixteenth of the run (Wang & Ross 2019). A drawn step is followed for
-        `n_step` steps, or until its episode ends, so values travel n times as fast (Watkins 1989). The rewards on the
-        way are those of the actions taken, and only one entropy term in n is counted.
+        The age of a drawn step, as a fraction of the run so far, is U^recency, U uniform in (0, 1] (after Wang & Ross
+        2019). It is followed for `n_step` steps, or until its episode ends, so values travel n times as fast (Watkins
+        1989). The rewards on the way are those of the actions taken, and only one entropy term in n is counted.
         """
         s, shape = self.s, (self.num, self.s.batch)
         row = torch.arange(self.num, device=self.device)[:, None]
@@ -410,28 +395,29 @@ class Collection:
         rewards = (ahead * s.gamma**k * (k < n[..., None])).sum(-1)
         return self.states[row, i, t], self.actions[row, i, t], rewards, s.gamma**n, self.states[row, i, t + n], noise
 
+    def arrays(self):
+        return self.states, self.actions, self.learner_actions, self.rewards
+
     def identity(self):
         """The settings that decide how a collection goes: only one with the same settings may continue it."""
-        return {k: v for k, v in dataclasses.asdict(self.s).items() if k not in ("episodes", "history", "device", "out")}
+        free = ("episodes", "history", "device", "out")
+        return {k: v for k, v in dataclasses.asdict(self.s).items() if k not in free}
 
     def save(self, path):
-        end = self.round * self.s.copies
-        history = [x[:, :end].clone() for x in (self.states, self.actions, self.learner_actions, self.rewards)]
         optimizers = [self.agents.actor_opt.state_dict(), self.agents.critic_opt.state_dict()]
-        content = dict(settings=self.identity(), round=self.round, history=history)
-        content |= dict(agents=self.agents.state_dict(), optimizers=optimizers)
+        content = dict(settings=self.identity(), round=self.round, agents=self.agents.state_dict(), optim=optimizers)
+        content["history"] = [x[:, : self.round * self.s.copies].clone() for x in self.arrays()]
         write_atomically(path, lambda file: torch.save(content, file))
 
     def restore(self, path):
         """Continues from the last `save`. Raises BadInput if the settings differ."""
         saved = torch.load(path, map_location=self.device, weights_only=True)
-        for key, value in self.identity().items():
-            same = saved["settings"].get(key) == value
-            require(same, f"{path} holds a collection with another {key}: repeat its settings, or delete it")
-        for whole, part in zip((self.states, self.actions, self.learner_actions, self.rewards), saved["history"]):
+        different = [k for k, v in self.identity().items() if saved["settings"].get(k) != v]
+        require(not different, f"{path} has another {' and '.join(different)}: repeat its settings, or delete it")
+        for whole, part in zip(self.arrays(), saved["history"]):
             whole[:, : part.shape[1]] = part
         self.agents.load_state_dict(saved["agents"])
-        for optimizer, state in zip((self.agents.actor_opt, self.agents.critic_opt), saved["optimizers"]):
+        for optimizer, state in zip((self.agents.actor_opt, self.agents.critic_opt), saved["optim"]):
             optimizer.load_state_dict(state)
             optimizer.param_groups[0]["lr"] = self.agents.lr
         self.round = saved["round"]
@@ -443,53 +429,46 @@ def collect(name, **settings):
     settings make no sense, if the dataset exists, if another process collects it, and if a return is non-finite.
     """
     s = Settings(**{"env": name, **PRESETS.get(name, {}), **settings})
-    path = Path(s.out) / f"{name}.npz"
+    path, part = Path(s.out) / f"{name}.npz", Path(s.out) / f"{name}.part"
     with claim(path):
         require(not path.exists(), f"{path} exists: delete it to collect it again, or name another folder with --out")
-        arrays = train_agents(s, path.with_suffix(".part"))
+        run = Collection(s, s.train_tasks + s.test_tasks)
+        if part.exists():
+            run.restore(part)
+            print(f"continuing from round {run.round} of {run.rounds}, found in {part}")
+        first, started, saved = run.round, time.time(), time.time()
+        progress = tqdm(total=run.rounds, initial=first, desc=f"collect {name}", unit="round", disable=None)
+        while run.round < run.rounds:
+            returns = run.run_round()
+            require(returns.isfinite().all(), f"a return became non-finite in round {run.round}: try a smaller --lr")
+            progress.update()
+            progress.set_postfix_str(f"return {returns.mean():.1f}, from {returns.min():.1f} to {returns.max():.1f}")
+            if time.time() - saved > SAVE_EVERY:
+                run.save(part)
+                saved = time.time()
+                left = (saved - started) / (run.round - first) * (run.rounds - run.round) / 60
+                tqdm.write(f"round {run.round}/{run.rounds}: return {returns.mean():.1f}, {left:.0f} min left")
+        progress.close()
+        run.env.close()
+        arrays = select(run)
         write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
-        path.with_suffix(".part").unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
     random, expert = arrays["random_return"], arrays["expert_return"]
     print(f"{path}: mean return random {random.mean():.2f}, experts {expert.mean():.2f}, worst expert {expert.min():.2f}")
     if (expert <= random).any():
         print(f"experts no better than random, whose scores will be left out: tasks {np.flatnonzero(expert <= random)}")
     return path
 
-def train_agents(s, part):
-    """Runs a collection, from the file `part` if there is one, and returns the arrays of the dataset."""
-    run = Collection(s, s.train_tasks + s.test_tasks)
-    if part.exists():
-        run.restore(part)
-        print(f"continuing from round {run.round} of {run.rounds}, found in {part}")
-    first, started = run.round, time.time()
-    saved = started
-    progress = tqdm(total=run.rounds, initial=first, desc=f"collect {s.env}", unit="round", disable=None)
-    while run.round < run.rounds:
-        returns = run.run_round()
-        require(returns.isfinite().all(), f"a return became non-finite in round {run.round}: try a smaller --lr")
-        progress.update()
-        progress.set_postfix_str(f"return {returns.mean():.1f}, from {returns.min():.1f} to {returns.max():.1f}")
-        if time.time() - saved > SAVE_EVERY:
-            run.save(part)
-            saved = time.time()
-            left = (saved - started) / (run.round - first) * (run.rounds - run.round)
-            tqdm.write(f"round {run.round}/{run.rounds}: return {returns.mean():.1f}, {left / 60:.0f} min left")
-    progress.close()
-    run.env.close()
-    return select(run)
-
 def select(run):
     """The arrays of the dataset: episodes evenly spaced over the history's rounds, taken from the copies in turn."""
     s, rounds = run.s, max(1, int(run.rounds * run.s.history))
     j = np.arange(min(s.episodes, rounds * s.copies))
     stored = j * rounds // len(j) * s.copies + j % s.copies
-    states, actions, learner, rewards = (
-        x[:, stored] for x in (run.states[:, :, :-1], run.actions, run.learner_actions, run.rewards)
-    )  # (num, E, T, ...)
+    names = "states", "actions", "learner_actions", "rewards"
+    arrays = {name: x[:, stored, : run.T].cpu().numpy() for name, x in zip(names, run.arrays())}  # (N, E, T, ...)
     with torch.no_grad():
-        experts = run.agents.act(states.flatten(1, 2))[0].view_as(actions)
-    tensors = dict(states=states, actions=actions, rewards=rewards, expert_actions=experts, learner_actions=learner)
-    arrays = {name: x.cpu().numpy() for name, x in tensors.items()}
+        states = run.states[:, stored, : run.T].flatten(1, 2)
+        arrays["expert_actions"] = run.agents.act(states)[0].cpu().numpy().reshape(arrays["actions"].shape)
     guest = (stored % s.copies == s.copies - 1) & (s.copies > 1) & ((stored // s.copies + 1) * run.T > s.random_steps)
     versions = {m.__name__: m.__version__ for m in (torch, np, gymnasium, mujoco)}
     info = json.dumps({"settings": dataclasses.asdict(s), "versions": versions})

@@ -4,18 +4,18 @@
 
 Paper: Wu et al., "Mixture-of-Experts Meets In-Context Reinforcement Learning", NeurIPS 2025, arXiv 2506.05426.
 Equations (1) to (6) are numbered where they are computed. What this model does that a plain transformer does not:
-- each step is three tokens (state, action, reward), embedded separately, plus an embedding of the time in the episode;
-- in the blocks named by `moe_layers` the feed-forward layer is two mixtures of experts side by side: the token-wise
-  one routes each token by itself, the task-wise one by the mean of all tokens so far, that is, by its task;
+- a step is three tokens (state, action, reward), embedded separately, plus an embedding of the time in the episode;
+- in some blocks the feed-forward layer is two mixtures of experts side by side: the token-wise one routes each token by
+  itself, the task-wise one by the mean of all tokens so far, that is, by its task;
 - the task router is trained as a task encoder: InfoNCE pulls two sequences of one task together;
 - DPT has queries: states at the end of the sequence, each of which sees a prefix of the prompt and itself.
 
-    AD: K episodes of one task, the best one last. Every token sees itself and all tokens to its left.
+    AD: up to K - 1 finished episodes, the best one last, then the running one. A token sees all tokens to its left.
 
-        s a r s a r s a r | s a r s a r s a r | s a r s a r s a r
-        ^     ^     ^       ^     ^     ^       ^     ^     ^        L_action: each s predicts the action that follows
+        s a r s a r s a r | s a r s a r s a r | s a r s a r s a r      L_action: each s of the running episode predicts
+                                                ^     ^     ^          what the learning agent would have done there
 
-    DPT: one episode as the prompt, which is causal and sees no query, then Q queries in parallel.
+    DPT: K episodes as the prompt, which is causal and sees no query, then Q queries in parallel.
 
         s a r s a r s a r s a r | q1 q2 q3
         -----------               ^               q1 sees two steps of the prompt and itself; L_action: each query
@@ -30,6 +30,7 @@ Equations (1) to (6) are numbered where they are computed. What this model does 
 import argparse
 import copy
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -56,7 +57,6 @@ from collect import BadInput, claim, collect, load, pick_device, require, write_
 from envs import ENVS, make_vec
 
 # ---- Config ----------------------------------------------------------------------------------------------------------
-
 @dataclass
 class Config:
     """Everything that a run depends on; each field is a flag. PRESETS has what differs by environment and backbone."""
@@ -80,7 +80,7 @@ class Config:
     w_con: float = 0.01  # MoE: weight of the InfoNCE loss
     momentum: float = 0.005  # MoE: fraction by which the key router follows the task router in each step
 
-    context: int = 4  # context: episodes in AD's context (K)
+    context: int = 4  # context: episodes, with the running one in AD (K)
     stride: int = 1  # context: every n-th step of a finished episode is kept
     queries: int = 40  # context: queries trained on each DPT prompt (Q)
 
@@ -94,8 +94,6 @@ class Config:
     eval_every: int = 500  # evaluation: training steps between evaluations, each of which saves a checkpoint
     eval_episodes: int = 10  # evaluation: episodes in which an agent acts in each task
     val_tasks: int = 0  # evaluation: evaluate on this many training tasks, held out, instead of on the test tasks
-    explore: float = 0.6  # evaluation: standard deviation of the actions in the first episode
-    noise: float = 0.0  # evaluation: standard deviation of the actions in all later episodes
 
     seed: int = 0  # system: random seed of the training; the dataset has its own
     device: str = "auto"  # system: cpu, cuda, mps, or auto: cuda if there is one
@@ -103,12 +101,11 @@ class Config:
     data: str = "data"  # system: folder of the datasets
     runs: str = "runs"  # system: folder of the runs
     name: str = ""  # system: name of the run's folder, by default ENV-MODE-seedSEED
-    resume: str = ""  # system: folder of a run to continue; only --device, --data and more --steps may go with it
+    resume: str = ""  # system: folder of a run to continue; beside it only --device, --data and more --steps
 
     def __post_init__(self):
         self.device = pick_device(self.device)
-        if self.dtype == "auto":
-            self.dtype = "bfloat16" if self.device.startswith("cuda") else "float32"
+        self.dtype = {"auto": "bfloat16" if "cuda" in self.device else "float32"}.get(self.dtype, self.dtype)
         least = dict(seed=0, warmup=0, val_tasks=0, top_k=2, batch=2)  # with top_k 1 the gate is 1 and has no gradient
         for f in dataclasses.fields(self):
             low, value = least.get(f.name, 1 if f.type is int else 0), getattr(self, f.name)
@@ -138,10 +135,11 @@ class Config:
 MUJOCO = dict(d_model=128, stride=8, steps=1_000, eval_every=250)
 BALANCE = dict(w_imp=0.1, w_load=0.1)
 PRESETS = {
-    ("point_robot", "ad"): dict(BALANCE, batch=16, steps=4_000, noise=0.3),
-    ("cheetah_vel", "dpt"): dict(MUJOCO, lr=4e-3, n_layers=4, explore=0.3),
+    ("point_robot", "dpt"): dict(context=1),
+    ("point_robot", "ad"): dict(BALANCE, batch=16, steps=6_000, eval_every=2_000),
+    ("cheetah_vel", "dpt"): dict(MUJOCO, context=1, lr=4e-3, n_layers=4),
     ("cheetah_vel", "ad"): dict(MUJOCO, **BALANCE, lr=4e-3, batch=8),
-    ("walker_param", "dpt"): dict(MUJOCO, lr=1e-3, n_layers=4),
+    ("walker_param", "dpt"): dict(MUJOCO, context=1, lr=1e-3, n_layers=4),
     ("walker_param", "ad"): dict(MUJOCO, **BALANCE, lr=1e-3, batch=8),
 }
 
@@ -150,7 +148,6 @@ def preset(env="point_robot", mode="dpt", **given):
     return Config(**{"env": env, "mode": mode, **PRESETS.get((env, mode), {}), **given})
 
 # ---- Attention -------------------------------------------------------------------------------------------------------
-
 def attention_mask(length, prefix=None, past=0, device=None):
     """Which token sees which: a bool mask, True where the row's token sees the column's.
 
@@ -187,7 +184,6 @@ class Attention(nn.Module):
         return self.out(torch.cat(parts, dim=2).transpose(1, 2).reshape(B, L, D))
 
 # ---- Experts and routers ---------------------------------------------------------------------------------------------
-
 def multiply_by_expert(x, weights, ends):
     """Rows ends[i - 1] to ends[i] of x (N, d_in) times weights[i] (d_in, d_out), for all experts i: (N, d_out)."""
     on_cpu = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
@@ -225,80 +221,70 @@ class Routing(NamedTuple):
 
     logits: torch.Tensor  # (..., E) before noise
     gates: torch.Tensor  # (..., k) weights of the chosen experts, which sum to 1
-    chosen: torch.Tensor  # (..., k) their indices
+    chosen: torch.Tensor  # (..., k) their indices; a choice whose gate is 0 is not used
+    importance: torch.Tensor  # (..., E) the gates, each in the place of its expert
     load: torch.Tensor | None  # (..., E) P(expert is among the top k), while training with noise
 
-    def usage(self):
-        """The sum of the gates of each expert over all rows, (E,): the importance Imp of equation (2)."""
-        return torch.zeros_like(self.logits).scatter(-1, self.chosen, self.gates).flatten(0, -2).sum(0)
+class MoE(nn.Module):
+    """A mixture of experts: a router, which chooses `top_k` experts for each token, and the experts.
 
-class Router(nn.Module):
-    """Chooses `top_k` of `num` experts for each row of its input: softmax(topk(G(h))).
-
-    A `noisy` router adds noise to its logits while training. A row then also tries experts that it would not choose,
+    A `noisy` router adds noise to its logits while training. A token then also tries experts that it would not choose,
     and the load becomes a probability, which has a gradient.
     """
 
-    def __init__(self, d_model, num, top_k, noisy):
+    def __init__(self, d_model, hidden, d_out, num_experts, top_k, noisy):
         super().__init__()
         self.top_k = top_k
-        self.logits = nn.Linear(d_model, num, bias=False)  # G
-        self.noise = nn.Linear(d_model, num, bias=False) if noisy else None  # W_noise
+        self.router = nn.Linear(d_model, num_experts, bias=False)  # G
+        self.noise = nn.Linear(d_model, num_experts, bias=False) if noisy else None  # W_noise
+        self.experts = Experts(num_experts, d_model, hidden, d_out)
 
-    def forward(self, h):
-        """h (..., d_model) -> Routing, always in float32 or better: small differences decide."""
+    def route(self, h):
+        """softmax(topk(G(h))): h (..., d_model) -> Routing, in float32, because small differences decide."""
         with torch.autocast(h.device.type, enabled=False):
-            h, load = h.to(self.logits.weight.dtype), None
-            clean = noisy = self.logits(h)  # (..., E)
+            h, load = h.to(self.router.weight.dtype), None
+            clean = noisy = self.router(h)  # (..., E)
             if self.noise is not None and self.training:
                 sigma = F.softplus(self.noise(h)) + 1e-2  # the constant keeps the division in the load finite
                 noisy = clean + torch.randn_like(clean) * sigma
                 load = load_probability(clean, noisy, sigma, self.top_k)
             top, chosen = noisy.topk(self.top_k, dim=-1)
-            return Routing(clean, top.softmax(-1), chosen, load)
+            gates = top.softmax(-1)
+            return Routing(clean, gates, chosen, torch.zeros_like(clean).scatter(-1, chosen, gates), load)
 
-class TokenMoE(nn.Module):
-    """(1) Token-wise MoE: y_tok = sum_i w_tok(i; h) E_i(h) with w_tok = softmax(topk(G_tok(h))); it sees one token."""
-
-    def __init__(self, d_model, hidden, d_out, num_experts, top_k):
-        super().__init__()
-        self.router = Router(d_model, num_experts, top_k, noisy=True)
-        self.experts = Experts(num_experts, d_model, hidden, d_out)
-
-    def forward(self, h, select=slice(None)):
-        """h (B, L, d_model) -> y_tok (B, l, d_out) of the tokens h[:, select], and the Routing of all tokens."""
-        routing = self.router(h)
+    def forward(self, h, routed_by, select=slice(None)):
+        """h, routed_by (B, L, d_model) -> y (B, l, d_out) of the tokens h[:, select], and the Routing of all tokens."""
+        routing = self.route(routed_by)
         return self.experts(h[:, select], routing.gates[:, select], routing.chosen[:, select]), routing
 
-class TaskMoE(nn.Module):
+class TokenMoE(MoE):
+    """(1) Token-wise MoE: y_tok = sum_i w_tok(i; h) E_i(h) with w_tok = softmax(topk(G_tok(h))), routed by h itself."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes, noisy=True)
+
+class TaskMoE(MoE):
     """(3) Task-wise MoE: y_task = sum_i w_task(i; h_mean) E_i(h) with w_task = softmax(topk(G_task(h_mean))).
 
     The experts act on the token; only the choice among them is the task's. Its router needs no noise: there is no load
     to differentiate, and InfoNCE trains all of its logits whichever experts are chosen.
     """
 
-    def __init__(self, d_model, hidden, d_out, num_experts, top_k, momentum=0.005):
-        super().__init__()
+    def __init__(self, *sizes, momentum=0.005):
+        super().__init__(*sizes, noisy=False)
         self.momentum = momentum
-        self.router = Router(d_model, num_experts, top_k, noisy=False)
-        self.key_router = copy.deepcopy(self.router.logits).requires_grad_(False)  # it lags, so the keys are steadier
-        self.W = nn.Parameter(torch.eye(num_experts))  # bilinear score of InfoNCE
-        self.experts = Experts(num_experts, d_model, hidden, d_out)
+        self.key_router = copy.deepcopy(self.router).requires_grad_(False)  # it lags, so the keys are steadier
+        self.W = nn.Parameter(torch.eye(len(self.router.weight)))  # bilinear score of InfoNCE
 
-    def forward(self, h, h_mean, select=slice(None)):
-        """h, h_mean (B, L, d_model) -> y_task (B, l, d_out) of the tokens h[:, select], and the Routing of all."""
-        routing = self.router(h_mean)
-        return self.experts(h[:, select], routing.gates[:, select], routing.chosen[:, select]), routing
-
-    def keys(self, h_mean):
-        """Keys of InfoNCE (B, E), which carry no gradient, from h_mean (B, d_model)."""
-        with torch.autocast(h_mean.device.type, enabled=False):
-            return self.key_router(h_mean.detach())
+    def contrast(self, z, h_mean, task_ids):
+        """InfoNCE loss (4) of the logits z (B, E), with keys of h_mean (B, d_model), which carry no gradient."""
+        with torch.autocast(z.device.type, enabled=False):
+            return info_nce(z, self.key_router(h_mean.detach()), self.W, task_ids)
 
     @torch.no_grad()
     def update_key_router(self):
         """Momentum (EMA) update of the key router, after each training step."""
-        self.key_router.weight.lerp_(self.router.logits.weight, self.momentum)
+        self.key_router.weight.lerp_(self.router.weight, self.momentum)
 
 def prefix_mean(h, prefix=None, past_sum=0.0, past=0):
     """Mean of the layer's inputs over the tokens that each token may attend to, itself included: (B, L, d_model).
@@ -319,7 +305,6 @@ def prefix_mean(h, prefix=None, past_sum=0.0, past=0):
     return torch.cat([means, (before + queries) / (prefix[..., None] + 1)], dim=1)
 
 # ---- Losses ----------------------------------------------------------------------------------------------------------
-
 def cv_squared(x):
     """Squared coefficient of variation, variance / mean^2, of a vector (E,)."""
     return x.var(correction=0) / (x.mean() ** 2 + 1e-10)
@@ -349,14 +334,20 @@ def info_nce(z, k, W, task_ids):
     all_others = scores.masked_fill(itself, -math.inf).logsumexp(1)
     return (all_others - scores.masked_fill(~positive, -math.inf).logsumexp(1)).mean()
 
+def neg_log_prob(actions, mean, log_std):
+    """-log P of actions (..., act_dim) under a Gaussian policy, up to a constant: (..., act_dim), one per dimension.
+
+    The targets of both backbones have no noise of their own, so the deviation is what the agent does not know: it
+    explores a new task, and stops when it knows the task.
+    """
+    return ((actions - mean) * (-log_std).exp()).square() / 2 + log_std
+
 def experts_used(routing):
     """How many experts are really used: exp of the entropy of the mean usage, from 1 (collapse) to E (balance)."""
-    share = routing.usage().detach()
-    share = share / share.sum()
+    share = routing.importance.detach().flatten(0, -2).mean(0)
     return torch.exp(-torch.xlogy(share, share).sum())
 
 # ---- Layer, block and model ------------------------------------------------------------------------------------------
-
 class T2MIRLayer(nn.Module):
     """(5) T2MIR layer: concat(y_tok, y_task), each d / 2 wide; a MoE that stands alone is d wide.
 
@@ -369,13 +360,13 @@ class T2MIRLayer(nn.Module):
         self.index, d = index, c.d_model
         hidden, d_out = (2 * d, d // 2) if c.token_moe and c.task_moe else (3 * d, d)
         self.token_moe = TokenMoE(d, hidden, d_out, c.token_experts, c.top_k) if c.token_moe else None
-        self.task_moe = TaskMoE(d, hidden, d_out, c.task_experts, c.top_k, c.momentum) if c.task_moe else None
+        self.task_moe = TaskMoE(d, hidden, d_out, c.task_experts, c.top_k, momentum=c.momentum) if c.task_moe else None
 
     def forward(self, h, prefix=None, cache=None, select=slice(None)):
         """h (B, L, d) -> outputs (B, l, d) of the tokens h[:, select], and what was routed: a dict, see `T2MIR.act`."""
         outputs, routed = [], {"layer": self}
         if self.token_moe is not None:
-            y, routed["token"] = self.token_moe(h, select)
+            y, routed["token"] = self.token_moe(h, h, select)
             outputs.append(y)
         if self.task_moe is not None:
             h_mean = routed["h_mean"] = prefix_mean(h, prefix) if cache is None else cache.prefix_mean(self.index, h)
@@ -407,23 +398,23 @@ class Block(nn.Module):
 class T2MIR(nn.Module):
     """The agent: a transformer over (state, action, reward) tokens that predicts actions, for both backbones.
 
-    `sizes`, a dict, has obs_dim, act_dim, horizon and num_tasks; `state_mean` and `state_std` (obs_dim,) normalise.
+    `sizes` is a dict of obs_dim, act_dim, horizon and num_tasks; `state_mean` and `state_std` normalise the states.
     """
 
-    def __init__(self, config, sizes, state_mean=None, state_std=None):
+    def __init__(self, config, sizes):
         super().__init__()
-        c, obs_dim = config, sizes["obs_dim"]
+        c = config
         self.config, self.sizes, self.horizon = c, sizes, sizes["horizon"]
-        self.register_buffer("state_mean", torch.zeros(obs_dim) if state_mean is None else state_mean)
-        self.register_buffer("state_std", torch.ones(obs_dim) if state_std is None else state_std)
-        self.embed_state = nn.Linear(obs_dim, c.d_model)
+        self.register_buffer("state_mean", torch.zeros(sizes["obs_dim"]))
+        self.register_buffer("state_std", torch.ones(sizes["obs_dim"]))
+        self.embed_state = nn.Linear(sizes["obs_dim"], c.d_model)
         self.embed_action = nn.Linear(sizes["act_dim"], c.d_model)
         self.embed_reward = nn.Linear(1, c.d_model)
         self.embed_time = nn.Embedding(self.horizon + 1, c.d_model)  # the last row is for queries, which have no time
         self.dropout = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(Block(c, i) for i in range(c.n_layers))
         self.norm = nn.LayerNorm(c.d_model)
-        self.head = nn.Linear(c.d_model, sizes["act_dim"])
+        self.head = nn.Linear(c.d_model, 2 * sizes["act_dim"])  # mean and log deviation of a Gaussian
 
     def state_tokens(self, states, times):
         """States (B, S, obs_dim) at `times` (S,), (B, S) or one for all -> tokens (B, S, D)."""
@@ -436,10 +427,11 @@ class T2MIR(nn.Module):
         return torch.stack([s, a, r], dim=2).flatten(1, 2)
 
     def act(self, x, prefix=None, cache=None, select=slice(None)):
-        """Tokens x (B, L, D) -> actions (B, l, act_dim) in [-1, 1] at the tokens x[:, select], and what was routed.
+        """Tokens x (B, L, D) -> the policy at the tokens x[:, select], and what was routed.
 
-        What was routed is a list with a dict per T2MIR layer: `layer`, the Routings `token` and `task`, and `h_mean`
-        (B, L, D). Only the selected tokens predict actions, so the last block's experts compute no others.
+        The policy is a Gaussian: mean in [-1, 1] and log of the deviation, (B, l, act_dim) each. What was routed is a
+        list with a dict per T2MIR layer: `layer`, the Routings `token` and `task`, and `h_mean` (B, L, D). Only the
+        selected tokens predict actions, so the last block's experts compute no others.
         """
         past = 0 if cache is None else cache.length
         mask = None if prefix is None and past == 0 else attention_mask(x.shape[1], prefix, past, x.device)
@@ -448,31 +440,33 @@ class T2MIR(nn.Module):
             last = i == len(self.blocks) - 1
             x, r = block(x, mask, prefix, cache, select if last else slice(None))
             routed += [] if r is None else [r]
-        return torch.tanh(self.head(self.norm(x))), routed
+        mean, log_std = self.head(self.norm(x)).chunk(2, dim=-1)
+        return mean.tanh(), -3 * log_std.sigmoid(), routed  # deviations from 0.05 to 1
 
     def forward(self, batch):
         """A batch of AD or DPT -> dict of losses (scalars), by the names of `Config.loss_weights`.
 
-        -log P of a continuous action is the squared error (a Gaussian of fixed variance). The other losses, summed over
-        the T2MIR layers, and the numbers of experts in use, which are only logged, are there while training.
+        The routing losses, summed over the T2MIR layers, and the numbers of experts in use, which are only logged, are
+        there while training.
         """
-        predicted, routed = BACKBONES[self.config.mode].predict(self, batch)  # (B, P, act_dim)
-        error = (predicted.float() - batch["targets"]).square().mean(-1)  # (B, P)
-        losses = defaultdict(float, action=(error * batch["weight"]).sum() / batch["weight"].sum().clamp_min(1))
+        mean, log_std, routed = BACKBONES[self.config.mode].predict(self, batch)  # (B, P, act_dim)
+        # Weighted by the variance, which is held constant, the mean learns as from squared errors: not most where the
+        # agent is sure already (beta-NLL with beta 1, Seitzer et al. 2022).
+        variance = (2 * log_std).exp().detach()
+        losses = defaultdict(float, action=(variance * neg_log_prob(batch["targets"], mean, log_std)).mean())
         end = 3 * batch["states"].shape[1] - 1  # the last token of the context
         for r in routed if self.training else ():
             if "token" in r:  # (2) balance loss: w_imp CV(Imp)^2 + w_load CV(Load)^2
-                losses["importance"] += cv_squared(r["token"].usage())
+                losses["importance"] += cv_squared(r["token"].importance.flatten(0, -2).sum(0))
                 losses["load"] += cv_squared(r["token"].load.flatten(0, -2).sum(0))
                 losses["token_experts"] += experts_used(r["token"]) / len(routed)
             if "task" in r:  # (4) the task of each sequence as the router sees it at the end of the context
-                z, keys = r["task"].logits[:, end], r["layer"].task_moe.keys(r["h_mean"][:, end])  # (B, E) each
-                losses["contrastive"] += info_nce(z, keys, r["layer"].task_moe.W, batch["task_ids"])
+                z, h_mean = r["task"].logits[:, end], r["h_mean"][:, end]  # (B, E), (B, D)
+                losses["contrastive"] += r["layer"].task_moe.contrast(z, h_mean, batch["task_ids"])
                 losses["task_experts"] += experts_used(r["task"]) / len(routed)
         return dict(losses)
 
 # ---- The cache with which an agent acts ------------------------------------------------------------------------------
-
 class Cache:
     """What past tokens leave behind in each block: keys, values, and the sum of the MoE's inputs.
 
@@ -498,82 +492,87 @@ class Cache:
         return mean
 
     def step(self, model, x, keep=True):
-        """Tokens x (B, L, D) behind the past -> action (B, act_dim) at the last; `keep` makes x part of the past."""
+        """Mean and deviation (B, act_dim) of the policy at the last of the tokens x (B, L, D); `keep` keeps x."""
         sums = self.sums.clone()
-        actions, _ = model.act(x, cache=self, select=slice(-1, None))
+        mean, log_std, _ = model.act(x, cache=self, select=slice(-1, None))
         self.length, self.sums = (self.length + x.shape[1], self.sums) if keep else (self.length, sums)
-        return actions[:, 0]
+        return mean[:, 0], log_std[:, 0].exp()
 
-    def fill(self, model, memory):
-        """Replaces the past by the episodes of `memory`, (states, actions, rewards) each (N, T, ...), best one last."""
+    def fill(self, model, memory, choose):
+        """Replaces the past by episodes of `memory`, of which every `stride`-th step is kept, the best one last.
+
+        An episode is (states, actions, rewards), each (N, T, ...); choose(returns (N, n)) -> places (N, m) in `memory`.
+        """
         self.length, self.sums = 0, torch.zeros_like(self.sums)
         if memory:
-            order = torch.stack([rewards.sum(1) for _, _, rewards in memory], dim=1).argsort(dim=1, stable=True)
-            row, stride = torch.arange(len(order), device=order.device)[:, None], model.config.stride
-            parts = [torch.stack(part, dim=1)[row, order, ::stride].flatten(1, 2) for part in zip(*memory)]
-            times = torch.arange(0, model.horizon, stride, device=order.device).repeat(len(memory))
+            returns = torch.stack([rewards.sum(1) for _, _, rewards in memory], dim=1)
+            places = choose(returns.clone())
+            places = places.gather(1, returns.gather(1, places).argsort(dim=1, stable=True))
+            row, stride = torch.arange(len(places), device=places.device)[:, None], model.config.stride
+            parts = [torch.stack(part, dim=1)[row, places, ::stride].flatten(1, 2) for part in zip(*memory)]
+            times = torch.arange(0, model.horizon, stride, device=places.device).repeat(places.shape[1])
             self.step(model, model.tokens(*parts, times))
 
 # ---- The two backbones: each says how it draws a batch, what it predicts, and how it acts ----------------------------
-
 def tensors(data, tasks, device):
-    """The arrays of the tasks in `tasks` (bool mask) as tensors on `device`; `targets` are AD's, `labels` DPT's.
+    """The arrays of `tasks` (bool mask) as tensors on `device`, and places of episodes: `by_return`, `own`, `guests`.
 
-    A guest is not the agent that learns, so AD sees what it did but does not imitate it: its `weight` (E,) is 0, unless
-    the data says what the learner would have done.
+    AD's targets are what the learner would have done without noise, or else the actions taken; DPT's are the expert's.
     """
     keys = [k for k in ("states", "actions", "rewards", "expert_actions", "learner_actions") if k in data]
     x = {k: torch.as_tensor(data[k][tasks], device=device) for k in keys}
-    guest = data["guest"] if "guest" in data and "learner_actions" not in data else np.zeros(x["states"].shape[1])
-    x["weight"] = torch.as_tensor(1.0 - guest, dtype=torch.float32, device=device)
-    x["targets"], x["labels"] = x.pop("learner_actions", x["actions"]), x.pop("expert_actions", None)
-    x["by_return"] = x["rewards"].sum(-1).argsort(dim=1, stable=True)  # (tasks, E) episodes, the best one last
+    x.setdefault("learner_actions", x["actions"])
+    x["by_return"] = x["rewards"].sum(-1).argsort(dim=1, stable=True)  # (tasks, E), the best one last
+    guest = torch.as_tensor(data.get("guest", np.zeros(x["rewards"].shape[1], bool)), device=device)
+    later = torch.arange(len(guest), device=device) >= len(guest) // 2
+    labelled = later & guest if "learner_actions" in data else later & False
+    x["own"] = (later & ~guest if (later & ~guest).any() else later).nonzero()[:, 0]
+    x["guests"] = labelled.nonzero()[:, 0] if labelled.any() else x["own"]
     return x
 
-class AD:
-    """Algorithm Distillation (Laskin et al. 2023) imitates a learning agent and continues the improvement that it sees.
+def draw_tasks(x, size):
+    """`size` / 2 distinct tasks, two sequences each: one positive per anchor, and no negative of its own task."""
+    return torch.rand(len(x["rewards"]), device=x["rewards"].device).argsort()[: size // 2].repeat(2)
 
-    The context is K episodes of one task, sorted by return. At every state token the action that the learner took there
-    is predicted. A trained agent sees its last K - 1 episodes, sorted too, and the running one.
+class AD:
+    """Algorithm Distillation (Laskin et al. 2023) imitates a learning agent and continues the improvement it sees.
+
+    The context is 0 to K - 1 finished episodes from the worse part of a learning history; what is predicted is a whole
+    episode of its later half. In half of these episodes a guest acts, and the target is what the learner would have
+    done in the guest's place: past actions and states of its own would give the learner's next action away, and
+    nothing would have to be inferred from the rewards.
     """
 
     @staticmethod
-    def batch(c, x, step, size):
-        """`size` sequences of the arrays x of `tensors`, as a dict: S context steps, and a prediction at each of them.
+    def batch(c, x, step, size, remembered=None):
+        """`size` sequences of the arrays x of `tensors`, as a dict: S context steps, of which the last T are predicted.
 
-        states, actions, targets (B, S, .), rewards, times, weight (B, S), task_ids (B,), seen (S,) steps of context.
+        states, actions (B, S, .), rewards (B, S), times (S,), task_ids (B,), targets (B, T, act_dim); for `held_out`
+        the predictions' states `queries` (B, T, obs_dim), query_times (T,) and seen (B, T), their steps of context.
+        `remembered` has the arrays of the finished episodes, if not x.
         """
-        (num_tasks, E, T), K, device = x["rewards"].shape, c.context, x["rewards"].device
-        task = torch.rand(num_tasks, device=device).argsort()[: size // 2].repeat(2)  # two sequences per task
-        place = torch.rand(size, E, device=device).argsort(dim=1)[:, :K].sort(dim=1).values
-        episode = x["by_return"][task[:, None], place]  # (B, K), the best one last
-        # A trained agent's running episode follows 0 to K - 1 finished ones, of which every `stride`-th step is kept.
-        # Without a stride one sequence contains all of these cases; with one, the batches take turns.
-        n = K - 1 if c.stride == 1 else K - 1 - step % K  # finished episodes
-        kept = torch.arange(0, T, c.stride, device=device)
-        times = torch.cat([kept.repeat(n), torch.arange(T, device=device)])  # (S,)
-        slot = K - 1 - n + torch.arange(n + 1, device=device)
-        slot = slot.repeat_interleave(torch.tensor([len(kept)] * n + [T], device=device))  # (S,)
-        at = task[:, None], episode[:, slot], times
-        batch = {key: x[key][at] for key in ("states", "actions", "rewards", "targets")}
-        batch |= {"weight": x["weight"][at[1]], "seen": torch.arange(len(times), device=device)}
-        return batch | {"times": times.expand(size, -1), "task_ids": task}
+        (_, E, T), device, remembered = x["rewards"].shape, x["rewards"].device, remembered or x
+        task, n = draw_tasks(x, size), step % c.context  # n finished episodes, in turn
+        own, guest = (x[k][torch.randint(len(x[k]), (size, 1), device=device)] for k in ("own", "guests"))
+        running = torch.where(torch.rand(size, 1, device=device) < 0.5, guest, own)  # (B, 1)
+        # Finished episodes: n of the worst r, r uniform; others only if these are too few, the running one never.
+        last = torch.arange(E, device=device) >= torch.rand(size, 1, device=device) * E  # (B, E), by return
+        score = torch.rand(size, E, device=device) + last + 2 * (x["by_return"][task] == running)
+        place = score.topk(n, largest=False).indices.sort(dim=1).values
+        episode = remembered["by_return"][task].gather(1, place)  # (B, n), the best one last
+        kept, whole = torch.arange(0, T, c.stride, device=device), torch.arange(T, device=device)
+        finished = task[:, None], episode.repeat_interleave(len(kept), dim=1), kept.repeat(n)
+        at = task[:, None], running, whole
+        batch = {k: torch.cat([remembered[k][finished], x[k][at]], 1) for k in ("states", "actions", "rewards")}
+        batch |= {"times": torch.cat([kept.repeat(n), whole]), "targets": x["learner_actions"][at], "task_ids": task}
+        seen = n * len(kept) + whole
+        return batch | {"queries": x["states"][at], "query_times": whole, "seen": seen.expand(size, -1)}
 
     @staticmethod
     def predict(model, batch):
-        """Actions (B, S, act_dim) at the state tokens, and what was routed."""
+        """The policy at the state tokens of the running episode, and what was routed, see `T2MIR.act`."""
         x = model.tokens(batch["states"], batch["actions"], batch["rewards"], batch["times"])
-        return model.act(x, select=slice(0, None, 3))
-
-    @staticmethod
-    def control(batch, context):
-        """The batch with each step alone ("hidden"), or with the finished episodes of another task ("other")."""
-        parts, T = {key: batch[key] for key in ("states", "actions", "rewards", "times")}, int(batch["times"].max()) + 1
-        if context == "hidden":
-            return batch | {key: part.flatten(0, 1)[:, None] for key, part in parts.items()}
-        if context == "other":
-            return batch | {key: torch.cat([p[:, :-T].roll(1, 0), p[:, -T:]], dim=1) for key, p in parts.items()}
-        return batch
+        return model.act(x, select=slice(x.shape[1] - 3 * model.horizon, None, 3))
 
     def __init__(self, model, num_tasks):
         c, T = model.config, model.horizon
@@ -581,12 +580,18 @@ class AD:
         self.cache = Cache(model, num_tasks, 3 * ((c.context - 1) * len(range(0, T, c.stride)) + T))
 
     def begin_episode(self, memory):
-        """Remembers the last K - 1 of the finished episodes in the list `memory`."""
-        self.cache.fill(self.model, memory[max(0, len(memory) - self.model.config.context + 1) :])
+        """Remembers K - 1 of the finished episodes in the list `memory`: the newest has replaced the worst."""
+        n = min(self.model.config.context - 1, len(memory))
+
+        def newest_and_best(returns):  # (N, len(memory)) -> (N, n)
+            returns[:, -1] = math.inf
+            return returns.topk(n).indices
+
+        self.cache.fill(self.model, memory if n else [], newest_and_best)
         self.waiting = None  # tokens of the last action and reward, which enter together with the next state
 
     def act(self, states, t):
-        """Actions (N, act_dim) in states (N, obs_dim) at time t."""
+        """Mean and deviation (N, act_dim) of the action in states (N, obs_dim) at time t."""
         token = self.model.state_tokens(states[:, None], t)
         return self.cache.step(self.model, token if self.waiting is None else torch.cat([self.waiting, token], dim=1))
 
@@ -597,55 +602,51 @@ class AD:
 class DPT:
     """Decision-Pretrained Transformer (Lee et al. 2023) predicts the expert's action in any state of the task.
 
-    In training the prompt is an episode of any quality, and the queries are states of other episodes. A trained agent's
-    prompt is its last episode, at first the steps so far, and each state is a query. Queries stand at the end, where
-    the prompt cannot see them: one prompt serves them all, and its cache stays valid whatever is asked.
+    In training the prompt is K episodes of any quality, and the queries are states of other episodes. A trained agent's
+    prompt is its best episodes so far (the last ones make it drift), at first the running one, and each state is a
+    query. Queries stand at the end, where the prompt cannot see them: one prompt serves them all.
     """
 
     @staticmethod
-    def batch(c, x, step, size):
+    def batch(c, x, step, size, remembered=None):
         """`size` sequences of the arrays x of `tensors`, as a dict: S prompt steps, and Q predictions.
 
-        states, actions (B, S, .), rewards, times (B, S), queries, targets (B, Q, .), task_ids (B,), weight (B, Q), and
-        seen (B, Q), how many steps of the prompt each query sees.
+        states, actions (B, S, .), rewards (B, S), times (S,), task_ids (B,), queries (B, Q, obs_dim), query_times,
+        targets (B, Q, act_dim), and seen (B, Q), how many steps of the prompt each query sees. `remembered` has the
+        arrays of the prompt, if not x.
         """
-        (num_tasks, E, T), device = x["rewards"].shape, x["rewards"].device
-        task = torch.rand(num_tasks, device=device).argsort()[: size // 2].repeat(2)  # two sequences per task
-        times = torch.arange(0, T, c.stride, device=device)  # (S,)
-        at = task[:, None], torch.randint(E, (size, 1), device=device), times
-        batch = {key: x[key][at] for key in ("states", "actions", "rewards")}
-        episode, time, seen = (torch.randint(n, (size, c.queries), device=device) for n in (E, T, len(times) + 1))
+        (_, E, T), K, device, remembered = x["rewards"].shape, c.context, x["rewards"].device, remembered or x
+        task, kept = draw_tasks(x, size), torch.arange(0, T, c.stride, device=device)
+        place = torch.randint(E, (size, K), device=device).sort(dim=1).values
+        episode = remembered["by_return"][task[:, None], place]  # (B, K), the best one last
+        at = task[:, None], episode.repeat_interleave(len(kept), dim=1), kept.repeat(K)
+        batch = {k: remembered[k][at] for k in ("states", "actions", "rewards")}
+        sizes = E, T, K * len(kept) + 1
+        episode, time, seen = (torch.randint(n, (size, c.queries), device=device) for n in sizes)
         at = task[:, None], episode, time
-        batch |= {"queries": x["states"][at], "targets": x["labels"][at], "seen": seen}
-        return batch | {"weight": torch.ones_like(seen), "times": times.expand(size, -1), "task_ids": task}
+        batch |= {"times": kept.repeat(K), "targets": x["expert_actions"][at], "task_ids": task}
+        return batch | {"queries": x["states"][at], "query_times": torch.tensor(T, device=device), "seen": seen}
 
     @staticmethod
     def predict(model, batch):
-        """Actions (B, Q, act_dim) at the queries, and what was routed."""
+        """The policy at the queries, and what was routed, see `T2MIR.act`."""
         prompt = model.tokens(batch["states"], batch["actions"], batch["rewards"], batch["times"])
-        queries = model.state_tokens(batch["queries"], model.horizon)
-        select = slice(prompt.shape[1], None)
-        return model.act(torch.cat([prompt, queries], dim=1), 3 * batch["seen"], select=select)
-
-    @staticmethod
-    def control(batch, context):
-        """The batch with its prompts hidden from the queries ("hidden"), or with those of another task ("other")."""
-        if context == "hidden":
-            return batch | {"seen": torch.zeros_like(batch["seen"])}
-        shift = 1 if context == "other" else 0
-        return batch | {key: batch[key].roll(shift, 0) for key in ("states", "actions", "rewards")}
+        x = torch.cat([prompt, model.state_tokens(batch["queries"], batch["query_times"])], dim=1)
+        return model.act(x, 3 * batch["seen"], select=slice(prompt.shape[1], None))
 
     def __init__(self, model, num_tasks):
+        c = model.config
         self.model = model
-        self.cache = Cache(model, num_tasks, 3 * len(range(0, model.horizon, model.config.stride)) + 1)
+        self.cache = Cache(model, num_tasks, 3 * c.context * len(range(0, model.horizon, c.stride)) + 1)
 
     def begin_episode(self, memory):
-        """Takes the last of the finished episodes in the list `memory` as the prompt."""
-        self.cache.fill(self.model, memory[-1:])
+        """Takes the best K of the finished episodes in the list `memory` as the prompt."""
         self.first = not memory
+        K = min(self.model.config.context, len(memory))
+        self.cache.fill(self.model, memory, lambda returns: returns.topk(K).indices)
 
     def act(self, states, t):
-        """Actions (N, act_dim) in states (N, obs_dim): queries, which leave the prompt as it is."""
+        """Mean and deviation (N, act_dim) of the action in states (N, obs_dim): queries, which the prompt forgets."""
         return self.cache.step(self.model, self.model.state_tokens(states[:, None], self.model.horizon), keep=False)
 
     def observe(self, states, actions, rewards, t):
@@ -657,14 +658,12 @@ class DPT:
 BACKBONES = {"ad": AD, "dpt": DPT}
 
 # ---- Acting in context -----------------------------------------------------------------------------------------------
-
 @torch.no_grad()
 def evaluate(model, tasks, episodes, seed=0, context="own"):
     """Acts in `tasks` (N, task_dim), all together and without any weight update; returns (episodes, N).
 
-    The first episode explores with deviation `config.explore`, later ones act with `config.noise`. Two controls: with
-    context "other" the remembered episodes are those of the task before, with "hidden" the context is emptied before
-    every action.
+    Two controls: with context "other" the remembered episodes are those of the task before, with "hidden" the context
+    is emptied before every action.
     """
     c, device, was_training = model.config, model.state_mean.device, model.training
     agent, memory = BACKBONES[c.mode](model.eval(), len(tasks)), []  # memory: the finished episodes
@@ -675,9 +674,8 @@ def evaluate(model, tasks, episodes, seed=0, context="own"):
         for t in range(model.horizon):
             if context == "hidden":
                 agent.begin_episode([])
-            actions = agent.act(states, t)
-            noise = torch.randn(actions.shape, generator=rng, device=device)
-            actions = (actions + (c.noise if episode else c.explore) * noise).clamp(-1, 1)
+            mean, std = agent.act(states, t)
+            actions = (mean + std * torch.randn(mean.shape, generator=rng, device=device)).clamp(-1, 1)
             next_states, rewards, *_ = env.step(actions.float().cpu().numpy())
             steps.append((states, actions, torch.as_tensor(rewards, dtype=torch.float32, device=device)))
             agent.observe(*steps[-1], t)
@@ -688,46 +686,46 @@ def evaluate(model, tasks, episodes, seed=0, context="own"):
     return torch.stack([rewards.sum(1) for _, _, rewards in memory]).cpu().numpy()
 
 @torch.no_grad()
-def held_out_error(model, x, contexts=("own",), batches=20):
-    """Squared action errors on the arrays `x` of `tensors`, in evaluation mode and from a fixed random stream.
+def held_out_loss(model, x, context="own", batches=20):
+    """-log P of the actions in the arrays `x` of `tensors`, in evaluation mode and from a fixed random stream.
 
-    Returns the steps of context that each prediction sees (P,) and a dict context -> errors (P,).
+    Returns the steps of context that each prediction sees, (P,), and the losses (P,). `context` as in `evaluate`.
     """
-    c, was_training, seen, errors = model.config, model.training, [], defaultdict(list)
+    c, was_training, seen, losses = model.config, model.training, [], []
     backbone, size = BACKBONES[c.mode], min(max(4, c.batch), 2 * len(x["rewards"]))
+    shift = 1 if context == "other" else 0
+    remembered = {key: x[key].roll(shift, 0) for key in ("states", "actions", "rewards", "by_return")}
     model.eval()
     for i in range(batches):
         torch.manual_seed(i)
-        batch = backbone.batch(c, x, i, size)
-        counts = batch["weight"] > 0
-        seen.append(batch["seen"].expand_as(counts)[counts])
-        for context in contexts:
-            predicted, _ = backbone.predict(model, backbone.control(batch, context))
-            error = (predicted.float().view_as(batch["targets"]) - batch["targets"]).square().mean(-1)
-            errors[context].append(error[counts])
+        batch = backbone.batch(c, x, i, size, remembered)
+        if context == "hidden":  # each state alone
+            tokens = model.state_tokens(batch["queries"], batch["query_times"]).flatten(0, 1)[:, None]
+            mean, log_std, _ = model.act(tokens)
+            mean, log_std = (part.view_as(batch["targets"]) for part in (mean, log_std))
+        else:
+            mean, log_std, _ = backbone.predict(model, batch)
+        seen.append(batch["seen"].flatten())
+        losses.append(neg_log_prob(batch["targets"], mean, log_std).mean(-1).flatten())
     model.train(was_training)
-    return torch.cat(seen).cpu().numpy(), {context: torch.cat(e).cpu().numpy() for context, e in errors.items()}
+    return torch.cat(seen).cpu().numpy(), torch.cat(losses).cpu().numpy()
 
 def normalised(returns, data, tasks):
-    """Scores (R - R_random) / (R_expert - R_random) of returns (..., N) in `tasks`; NaN where the expert is no better."""
+    """Scores (R - R_random) / (R_expert - R_random) of returns (..., N) in `tasks`; NaN if the expert is no better."""
     low, high = data["random_return"][tasks], data["expert_return"][tasks]
     return (returns - low) / np.where(high > low, high - low, np.nan)
 
 def measure(model, data, tasks, x):
     """What the log says about the held-out `tasks` (bool mask, with the arrays `x`): a dict, name -> number."""
-    numbers = {"heldout": float(held_out_error(model, x)[1]["own"].mean())}
+    numbers = {"heldout": float(held_out_loss(model, x)[1].mean())}
     if data["simulator"]:
         returns = evaluate(model, data["tasks"][tasks], model.config.eval_episodes)[-1]
         numbers |= {"return": float(returns.mean()), "score": float(np.nanmean(normalised(returns, data, tasks)))}
     return numbers
 
 # ---- Training --------------------------------------------------------------------------------------------------------
-
 def open_dataset(c):
-    """The arrays of data/ENV.npz, and two bool masks (N,): the tasks to train on and the held-out tasks.
-
-    If the dataset of a family of envs.py is missing, it is collected. Raises BadInput if it does not fit the config.
-    """
+    """The dataset data/ENV.npz, collected if it is missing, and two masks (N,): tasks to train on, held-out tasks."""
     path = Path(c.data) / f"{c.env}.npz"
     if not path.exists() and c.env in ENVS and not c.resume and "RANK" not in os.environ:
         print(f"{path} is missing: collecting it, which takes half a minute for point_robot and far longer for others")
@@ -737,11 +735,10 @@ def open_dataset(c):
     if c.val_tasks:
         held_out = train & (np.cumsum(train[::-1])[::-1] <= c.val_tasks)  # the last ones of the training tasks
         train = train & ~held_out
-    labelled = c.mode == "ad" or "expert_actions" in data
-    require(labelled, f"{path} has no `expert_actions`, which DPT predicts: add them, or use --mode ad")
+    fits = c.mode == "ad" or "expert_actions" in data
+    require(fits, f"{path} has no `expert_actions`, which DPT predicts: add them, or use --mode ad")
+    require(c.context <= data["rewards"].shape[1], f"--context {c.context} is more than the episodes of a task")
     require(c.batch // 2 <= train.sum(), f"--batch {c.batch} needs {c.batch // 2} training tasks, not {train.sum()}")
-    episodes = data["rewards"].shape[1]
-    require(c.mode == "dpt" or c.context <= episodes, f"--context {c.context} is more than the {episodes} episodes")
     return data, train, held_out
 
 def new_model(c, data, train):
@@ -752,7 +749,9 @@ def new_model(c, data, train):
     mean, std = states.mean(0, dtype=np.float64), states.std(0, dtype=np.float64)
     scale = abs(states).max(0)  # a dimension that hardly moves is divided by its size, so that it is not blown up
     std = np.where(std > 1e-3 * scale, std, np.where(scale > 0, scale, 1))
-    return T2MIR(c, sizes, *(torch.tensor(x, dtype=torch.float32) for x in (mean, std))).to(c.device)
+    model = T2MIR(c, sizes)
+    model.state_mean, model.state_std = torch.tensor(np.stack([mean, std]), dtype=torch.float32)
+    return model.to(c.device)
 
 def read_checkpoint(run, device="cpu"):
     """The checkpoint of a run's folder, or a checkpoint file itself, as a dict."""
@@ -762,7 +761,8 @@ def read_checkpoint(run, device="cpu"):
         saved = torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError):
         saved = {}
-    require("fingerprint" in saved, f"{path} is damaged, or not a checkpoint of this code")
+    fits = "fingerprint" in saved and saved["config"].keys() == {f.name for f in dataclasses.fields(Config)}
+    require(fits, f"{path} is damaged, or not a checkpoint of this code")
     return saved
 
 def load_agent(run, device="cpu"):
@@ -780,12 +780,13 @@ def learning_rate(step, c):
 def train(c):
     """Trains, evaluates, and returns the run's folder: config.json, log.csv, ckpt.pt, result.npz and incontext.png.
 
-    Raises BadInput if the dataset does not fit or the folder is taken, and FloatingPointError on a non-finite loss.
+    Raises BadInput if the dataset does not fit or the folder is taken, FloatingPointError on a non-finite loss.
     """
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     if processes > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if c.device == "cuda" else "gloo")
-        if c.device == "cuda":
+        cuda, patience = c.device.startswith("cuda"), datetime.timedelta(hours=2)  # others wait while one evaluates
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
+        if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     folder = Path(c.resume).resolve() if c.resume else Path(c.runs) / (c.name or f"{c.env}-{c.mode}-seed{c.seed}")
     with claim(folder) if rank == 0 else nullcontext():  # only the first process writes and evaluates
@@ -814,8 +815,6 @@ def train(c):
             report(folder, model, data, held_out, x_held)
     return folder
 
-CHECK_EVERY = 50  # training steps between looks at the loss; on a GPU each look waits for the device
-
 def fit(model, learner, optimizer, x, state, folder, rank, evaluation):
     """The training loop, from state["step"] to config.steps; `evaluation` returns more numbers for the log."""
     c, first, log = model.config, state["step"], state["log"]
@@ -842,7 +841,7 @@ def fit(model, learner, optimizer, x, state, folder, rank, evaluation):
             sums[name] += value.detach()
         done = step + 1
         evaluating = done % c.eval_every == 0 or done == c.steps
-        if not evaluating and done % CHECK_EVERY:
+        if not evaluating and done % 50:  # on a GPU each look at the loss waits for the device
             continue
         means = {name: float(total) / (step - (log[-1]["step"] if log else 0) + 1) for name, total in sums.items()}
         if not math.isfinite(means["loss"]):
@@ -863,13 +862,12 @@ def fit(model, learner, optimizer, x, state, folder, rank, evaluation):
             progress.write(f"step {done}/{c.steps}: {said}; {seconds / (done - first) * (c.steps - done):.0f} s left")
 
 # ---- Report ----------------------------------------------------------------------------------------------------------
-
 CONTROLS = {"own": "own context", "hidden": "context hidden", "other": "context of another task"}
 
 def report(folder, model, data, tasks, x):
     """Compares the agent's own context with the two controls: prints a table, writes result.npz and incontext.png.
 
-    With a simulator: returns by episode in context and held-out task. Without one: action error by amount of context.
+    With a simulator: returns by episode in context and held-out task. Without one: held-out loss by steps of context.
     """
     c, more = model.config, {}
     contexts = list(CONTROLS)[: 3 if tasks.sum() > 1 else 2]  # with one task there is no other
@@ -878,11 +876,12 @@ def report(folder, model, data, tasks, x):
         amount, labels = np.arange(1, c.eval_episodes + 1), ("episode in context", "return in held-out tasks")
         more = {k: data[k][tasks] for k in ("tasks", "random_return", "expert_return")}
     else:
-        seen, errors = held_out_error(model, x, contexts, batches=60)
+        losses = {k: held_out_loss(model, x, context=k, batches=60) for k in contexts}
+        seen, labels = losses["own"][0], ("steps of context", "held-out loss, -log P of the actions")
         part = np.searchsorted(np.quantile(seen, np.linspace(0, 1, 9)[1:-1]), seen)  # eight groups of equal size
         groups = [part == i for i in np.unique(part)]
-        result = {k: np.array([[error[group].mean()] for group in groups]) for k, error in errors.items()}
-        amount, labels = np.array([seen[g].mean() for g in groups]), ("steps of context", "squared action error")
+        result = {k: np.array([[loss[group].mean()] for group in groups]) for k, (_, loss) in losses.items()}
+        amount = np.array([seen[group].mean() for group in groups])
     arrays = {"amount": amount, **result, **more}
     write_atomically(folder / "result.npz", lambda file: np.savez(file, **arrays))
 
@@ -890,7 +889,7 @@ def report(folder, model, data, tasks, x):
 
     fig = Figure(figsize=(5, 3.4))
     ax = fig.subplots()
-    print("mean score: 0 is a random agent, 1 the expert" if more else f"{labels[1]} in held-out tasks")
+    print("mean score: 0 is a random agent, 1 the expert" if more else labels[1])
     print(f"{labels[0] + ':':25}" + "".join(f"{n:7.0f}" for n in amount))
     for (context, y), color in zip(result.items(), ("C0", "C7", "C3")):  # (amounts, tasks)
         row = np.nanmean(normalised(y, data, tasks), axis=1) if more else y[:, 0]
@@ -907,23 +906,20 @@ def report(folder, model, data, tasks, x):
     print(f"picture: {folder / 'incontext.png'}")
 
 def main():
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # these decide the defaults of the other flags
-    for flag, default in (("--env", "point_robot"), ("--mode", "dpt"), ("--resume", ""), ("--device", "")):
-        first.add_argument(flag, default=default)
-    given = first.parse_known_args()[0]
-    if given.resume:
-        saved = read_checkpoint(given.resume)["config"]
-        base = Config(**saved | {"resume": given.resume, "device": given.device or saved["device"]})
-    else:
-        base = preset(given.env, given.mode)
-    c = tyro.cli(Config, default=base, description=__doc__.split("\n\n")[0])
-    if given.resume:
-        refused = [f.name for f in dataclasses.fields(c) if getattr(c, f.name) != getattr(base, f.name)]
-        refused = [name for name in refused if name not in ("data", "steps", "device")]
-        require(not refused, f"--{' --'.join(refused)} cannot change in a run that is continued")
-        require(c.steps >= base.steps, f"--steps {c.steps} is less than the {base.steps} steps of {given.resume}")
+    first = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    if any(flag.startswith("--resume") for flag in sys.argv):
+        for flag, kind in (("--resume", str), ("--device", str), ("--data", str), ("--steps", int)):
+            first.add_argument(flag, type=kind)
+        given = {name: value for name, value in vars(first.parse_args()).items() if value is not None}
+        saved = read_checkpoint(given["resume"])["config"]
+        c = Config(**saved | given)
+        require(c.steps >= saved["steps"], f"--steps {c.steps} is less than the {saved['steps']} steps of {c.resume}")
         if (c.steps, c.device) != (saved["steps"], saved["device"]):
-            print("with other steps or another device, the result is not that of an uninterrupted run")
+            print("with more steps or another device, the result is not that of an uninterrupted run")
+    else:  # env and mode decide the defaults of the other flags
+        first.add_argument("--env", default="point_robot"), first.add_argument("--mode", default="dpt")
+        given = first.parse_known_args()[0]
+        c = tyro.cli(Config, default=preset(given.env, given.mode), description=__doc__.split("\n\n")[0])
     train(c)
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def resolve(name, **given):
 def folder(tmp_path_factory):
     """Folder with a tiny dataset of each family; most of its actions are random, all its experts are poor."""
     out = str(tmp_path_factory.mktemp("data"))
-    tiny = dict(out=out, hidden=16, batch=16, copies=2, seed=3)
+    tiny = dict(out=out, hidden=16, batch=16, copies=2, seed=3, history=1.0)
     collect("point_robot", steps=200, random_steps=130, episodes=8, train_tasks=5, test_tasks=2, **tiny)
     for name in (name for name in ENVS if name != "point_robot"):
         T = ENVS[name].horizon
@@ -63,7 +63,7 @@ def folder(tmp_path_factory):
 def tiny(mode, env="point_robot", **given):
     """A config small enough for a test, with a T2MIR layer in every block and no dropout."""
     sizes = dict(d_model=16, n_layers=2, n_heads=2, dropout=0.0, moe_layers="all", token_experts=4, task_experts=5)
-    sizes |= dict(context=3, queries=6, batch=8, explore=0.0, noise=0.0, device="cpu", stride=1, dtype="float32")
+    sizes |= dict(context=3, queries=6, batch=8, device="cpu", stride=1, dtype="float32")
     return t2mir.preset(env, mode, **{**sizes, **given})
 
 
@@ -74,11 +74,12 @@ def sizes_of(name):
 
 
 def tiny_model(mode, **given):
-    """A fresh model in evaluation mode whose actions differ clearly from token to token."""
+    """A fresh model in evaluation mode whose policy differs clearly from token to token."""
     torch.manual_seed(0)
-    mean, std = torch.tensor([0.3, -0.2]), torch.tensor([0.5, 0.7])
-    model = T2MIR(tiny(mode, **given), sizes_of("point_robot"), mean, std).eval()
-    model.head.weight.data *= 2
+    model = T2MIR(tiny(mode, **given), sizes_of("point_robot")).eval()
+    model.state_mean, model.state_std = torch.tensor([0.3, -0.2]), torch.tensor([0.5, 0.7])
+    model.head.bias.data[2:] = -1.2  # so that the deviation is seldom at one of its bounds
+    model.head.weight.data[:2] *= 2
     return model
 
 
@@ -615,7 +616,7 @@ def slow_info_nce(z, keys, W, ids):
 
 def balance(routing):
     """CV(Imp)^2 and CV(Load)^2 of a Routing, as the model computes them."""
-    return t2mir.cv_squared(routing.usage()), t2mir.cv_squared(routing.load.flatten(0, -2).sum(0))
+    return tuple(t2mir.cv_squared(part.flatten(0, -2).sum(0)) for part in (routing.importance, routing.load))
 
 
 @pytest.mark.parametrize("kind, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 2e-2)])
@@ -644,14 +645,14 @@ def test_moe_equals_a_loop_over_tokens(kind):
     shape, k = (3, 10), 2
     h, h_mean, weight = (torch.randn(*shape, d, dtype=double) for d in (8, 8, 8))
     if kind == "task":
-        moe = TaskMoE(8, 16, 8, num_experts=5, top_k=k).double()
+        moe = TaskMoE(8, 16, 8, 5, k).double()  # it has no noise, in training mode neither
         inputs = [h, h_mean]
     else:
-        moe = TokenMoE(8, 16, 8, num_experts=5, top_k=k).double().train(kind != "token")
-        inputs = [h]
-    router = moe.router.logits.weight
-    wanted = [x.requires_grad_() for x in inputs] + [router, moe.experts.w1, moe.experts.w2]
-    wanted += [moe.router.noise.weight] if kind == "token, training" else []
+        moe = TokenMoE(8, 16, 8, 5, k).double().train(kind != "token")
+        inputs = [h, h]
+    router = moe.router.weight
+    wanted = [x.requires_grad_() for x in dict.fromkeys(inputs)] + [router, moe.experts.w1, moe.experts.w2]
+    wanted += [moe.noise.weight] if kind == "token, training" else []
     torch.manual_seed(1)
     y, routing = moe(*inputs)
     fast = (y * weight).sum()
@@ -664,7 +665,7 @@ def test_moe_equals_a_loop_over_tokens(kind):
     clean = noisy = rows[-1] @ router.T
     if kind == "token, training":
         torch.manual_seed(1)
-        sigma = torch.log(1 + torch.exp(rows[0] @ moe.router.noise.weight.T)) + 1e-2
+        sigma = torch.log(1 + torch.exp(rows[0] @ moe.noise.weight.T)) + 1e-2
         noisy = clean + torch.randn(*shape, 5, dtype=double).flatten(0, 1) * sigma
     gates = slow_gates(noisy, k)
     slow_y = slow_experts(moe.experts, rows[0], gates)
@@ -677,7 +678,8 @@ def test_moe_equals_a_loop_over_tokens(kind):
         assert routing.load is None
     near(y.flatten(0, 1), slow_y, 1e-8)
     near(routing.logits.flatten(0, 1), clean, 1e-12)
-    near(routing.usage(), sum(torch.stack([g.get(i, torch.zeros(()).double()) for i in range(5)]) for g in gates), 1e-8)
+    places = [torch.stack([g.get(i, torch.zeros(()).double()) for i in range(5)]) for g in gates]
+    near(routing.importance.flatten(0, 1), torch.stack(places), 1e-8)
     near(fast, slow, 1e-8)
     near(got, torch.autograd.grad(slow, wanted), 1e-8)
 
@@ -686,7 +688,9 @@ def test_moe_equals_a_loop_over_tokens(kind):
     for n in range(5):  # a token leaves no gradient in the experts that it was not sent to
         (g,) = torch.autograd.grad(moe(*inputs)[0].flatten(0, 1)[n].sum(), moe.experts.w1)
         assert set(g.flatten(1).any(1).nonzero().flatten().tolist()) == set(gates[n])
-    near(moe(*inputs, slice(1, None, 3))[0], moe(*inputs)[0][:, 1::3])  # selected tokens are computed as before
+    y, routing = moe(*inputs, slice(1, None, 3))  # selected tokens are computed as before, and all tokens are routed
+    near(y, moe(*inputs)[0][:, 1::3])
+    near(routing.importance, moe(*inputs)[1].importance)
 
     in_float32 = moe.float()(*(x.float() for x in inputs))[0].flatten(0, 1)
     near(in_float32.double(), slow_experts(moe.experts, rows[0].float(), slow_gates(clean.float(), k)).double(), 1e-5)
@@ -714,35 +718,49 @@ def test_balance_terms_reach_the_router_each_alone():
     torch.manual_seed(0)
     for term in (0, 1):
         moe = TokenMoE(8, 16, 8, 5, 2)
-        balance(moe(torch.randn(3, 10, 8))[1])[term].backward()
-        assert moe.router.logits.weight.grad.abs().max() > 1e-3 and moe.router.noise.weight.grad.abs().max() > 1e-4
+        balance(moe.route(torch.randn(3, 10, 8)))[term].backward()
+        assert moe.router.weight.grad.abs().max() > 1e-3 and moe.noise.weight.grad.abs().max() > 1e-4
         assert moe.experts.w1.grad is None
 
 
 @pytest.mark.parametrize("sequences", [2, 4])
 def test_info_nce_equals_a_double_loop(sequences):
-    """Value and gradients are those of a loop over pairs; the keys are constants and their router learns nothing."""
+    """Value and gradients are those of a loop over pairs, whatever the number of sequences of a task."""
     torch.manual_seed(0)
     ids = torch.arange(3).repeat(sequences)[torch.randperm(3 * sequences)]
-    moe = TaskMoE(6, 16, 7, num_experts=5, top_k=2).double()
-    torch.nn.init.normal_(moe.key_router.weight)
-    torch.nn.init.normal_(moe.W)
-    h = torch.randn(len(ids), 6, dtype=double, requires_grad=True)
-    router = moe.router.logits.weight
-    slow = slow_info_nce(h @ router.T, (h @ moe.key_router.weight.T).detach(), moe.W, ids)
-    wanted = [h, router, moe.W]
-    fast = t2mir.info_nce(moe.router(h).logits, moe.keys(h), moe.W, ids)
+    z, keys = (torch.randn(len(ids), 5, dtype=double, requires_grad=True) for _ in range(2))
+    W = torch.randn(5, 5, dtype=double, requires_grad=True)
+    slow, fast = slow_info_nce(z, keys, W, ids), t2mir.info_nce(z, keys, W, ids)
     near(fast, slow)
-    near(torch.autograd.grad(fast, wanted, retain_graph=True), torch.autograd.grad(slow, wanted))
-    fast.backward()
+    near(torch.autograd.grad(fast, [z, keys, W]), torch.autograd.grad(slow, [z, keys, W]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_keys_of_info_nce_teach_nothing(mode, folder):
+    """The contrastive loss reaches the task router and W; the key router has no gradient, the keys pass none on."""
+    model = tiny_model(mode, moe_layers="0").train()
+    moe, batch = model.blocks[0].moe.task_moe, draw(model.config, training_arrays(folder))
+    seen = []
+    model.blocks[0].norm2.register_forward_hook(lambda m, x, y: seen.append(y))
+    torch.nn.init.normal_(moe.key_router.weight)
+    contrastive = model(batch)["contrastive"]
+    got = torch.autograd.grad(contrastive, [seen[0], moe.router.weight, moe.W], retain_graph=True)
+    last = 3 * batch["states"].shape[1]
+    mean = seen[0][:, :last].mean(1)  # the last token of the context has seen all of them
+    keys = (mean @ moe.key_router.weight.T).detach()
+    slow = slow_info_nce(mean @ moe.router.weight.T, keys, moe.W, batch["task_ids"])
+    for one, other in zip(got, torch.autograd.grad(slow, [seen[0], moe.router.weight, moe.W], retain_graph=True)):
+        near(one, other, 1e-4)
+        assert one.abs().max() > 1e-4
+    contrastive.backward()
     assert moe.key_router.weight.grad is None and not moe.key_router.weight.requires_grad
 
 
 def test_key_router_is_a_moving_average():
     """It starts as the router and then moves the fraction `momentum` of the way to it in each update."""
     torch.manual_seed(0)
-    moe = TaskMoE(6, 16, 7, num_experts=5, top_k=2, momentum=0.1).double()
-    router = moe.router.logits.weight
+    moe = TaskMoE(6, 16, 7, 5, 2, momentum=0.1).double()
+    router = moe.router.weight
     key = router.detach().numpy().copy()
     for _ in range(4):
         np.testing.assert_allclose(moe.key_router.weight.numpy(), key, rtol=1e-12)
@@ -761,7 +779,10 @@ def test_experts_used_counts_from_one_to_all():
         (torch.tensor([[1, 4]]).repeat(N, 1), torch.full((N, 2), 0.5), 2),
         (torch.tensor([[3, 0]]).repeat(N, 1), torch.tensor([[1.0, 0.0]]).repeat(N, 1), 1),
     ]:
-        routing = t2mir.Routing(torch.randn(N, E), gates, chosen, None)
+        importance = torch.zeros(N, E)
+        for row, (experts, shares) in enumerate(zip(chosen, gates)):
+            importance[row, experts] = shares
+        routing = t2mir.Routing(torch.randn(N, E), gates, chosen, importance, None)
         assert float(t2mir.experts_used(routing)) == pytest.approx(number, abs=1e-3)
 
 
@@ -772,24 +793,24 @@ def test_training_losses_are_those_of_the_routers(mode, folder):
     InfoNCE compares the task router's logits at the last token of each context. The logged numbers of experts are
     means over the layers. In evaluation mode there is the action loss alone.
     """
-    model, seen = tiny_model(mode).double().train(), {"token": [], "task": []}
+    model, seen = tiny_model(mode).train(), {"token": [], "task": []}
     model.config.w_imp, model.config.w_load, model.config.w_con = 2.0, 3.0, 5.0
-    batch = in_double(draw(model.config, training_arrays(folder)))
+    batch = draw(model.config, training_arrays(folder))
     for block in model.blocks:
         torch.nn.init.normal_(block.moe.task_moe.key_router.weight)
         for name, moe in (("token", block.moe.token_moe), ("task", block.moe.task_moe)):
-            moe.router.register_forward_hook(lambda m, x, y, moe=moe, name=name: seen[name].append((moe, x[0], y)))
+            moe.register_forward_hook(lambda m, x, y, name=name: seen[name].append((m, x[1], y[1])))
     losses = model(batch)
     importance = load = contrastive = 0.0
     used = {"token": [], "task": []}
     for moe, h, routing in seen["token"]:
         gates = [dict(zip(i.tolist(), g)) for i, g in zip(routing.chosen.flatten(0, 1), routing.gates.flatten(0, 1))]
         usage = [sum(gate.get(i, 0.0) for gate in gates) for i in range(4)]
-        importance += slow_cv_squared([torch.as_tensor(u, dtype=double) for u in usage])
+        importance += slow_cv_squared([torch.as_tensor(u) for u in usage])
         load += slow_cv_squared([sum(row[i] for row in routing.load.flatten(0, 1)) for i in range(4)])
     for moe, h, routing in seen["task"]:
         last = h[:, 3 * batch["states"].shape[1] - 1]
-        z, keys = last @ moe.router.logits.weight.T, last @ moe.key_router.weight.T
+        z, keys = last @ moe.router.weight.T, last @ moe.key_router.weight.T
         contrastive += slow_info_nce(z, keys, moe.W, batch["task_ids"])
     for name in used:
         for _, _, routing in seen[name]:
@@ -799,11 +820,11 @@ def test_training_losses_are_those_of_the_routers(mode, folder):
             share = [float(u / usage.sum()) for u in usage]
             used[name].append(math.exp(-sum(p * math.log(p) for p in share if p > 0)))
     assert len(seen["token"]) == len(seen["task"]) == 2
-    near(losses["importance"], importance, 1e-8)
-    near(losses["load"], load, 1e-8)
-    near(losses["contrastive"], contrastive, 1e-8)
+    near(losses["importance"], importance, 1e-4)
+    near(losses["load"], load, 1e-4)
+    near(losses["contrastive"], contrastive, 1e-4)
     for name in used:
-        assert float(losses[f"{name}_experts"]) == pytest.approx(np.mean(used[name]), rel=1e-6)
+        assert float(losses[f"{name}_experts"]) == pytest.approx(np.mean(used[name]), rel=1e-5)
     weights = {"action": 1, "importance": 2, "load": 3, "contrastive": 5}
     assert model.config.loss_weights == weights and set(weights) < set(losses)
     assert set(model.eval()(batch)) == {"action"}
@@ -887,11 +908,15 @@ def test_ad_sees_no_future():
     """Another token at place j changes the outputs from j on and none before, through attention and the task router."""
     model = tiny_model("ad").double()
     x = torch.randn(2, 30, 16, dtype=double)
-    y = model.act(x)[0]
+
+    def policy(x):
+        return torch.cat(model.act(x)[:2], dim=-1)
+
+    y = policy(x)
     for j in range(30):
         other = x.clone()
         other[:, j] = torch.randn(16, dtype=double)
-        assert changed(model.act(other)[0], y) == [i >= j for i in range(30)]
+        assert changed(policy(other), y) == [i >= j for i in range(30)]
 
 
 @torch.no_grad()
@@ -900,15 +925,19 @@ def test_dpt_queries_see_their_prefix_and_themselves():
     model = tiny_model("dpt").double()
     P, prefix = 15, torch.tensor([0, 3, 7, 15, 15])
     x = torch.randn(2, P + 5, 16, dtype=double)
-    y = model.act(x, prefix.repeat(2, 1))[0]
-    near(y[:, :P], model.act(x[:, :P])[0])
-    near(model.act(x, prefix.repeat(2, 1), select=slice(P, None))[0], y[:, P:])
+
+    def policy(x, *given, **more):
+        return torch.cat(model.act(x, *given, **more)[:2], dim=-1)
+
+    y = policy(x, prefix.repeat(2, 1))
+    near(y[:, :P], policy(x[:, :P]))
+    near(policy(x, prefix.repeat(2, 1), select=slice(P, None)), y[:, P:])
     for j in range(P + 5):
         other = x.clone()
         other[:, j] = torch.randn(16, dtype=double)
         prompt = [i >= j for i in range(P)]
         queries = [j < n or j == P + q for q, n in enumerate(prefix)]
-        assert changed(model.act(other, prefix.repeat(2, 1))[0], y) == prompt + queries
+        assert changed(policy(other, prefix.repeat(2, 1)), y) == prompt + queries
 
 
 @torch.no_grad()
@@ -920,9 +949,24 @@ def test_the_cache_forgets_what_it_is_told_not_to_keep():
     for _ in range(2):
         cache.step(model, x[:, :4])
         for i in range(4, 11):
-            near(cache.step(model, x[:, -1:], keep=False), model.act(x[:, [*range(i), 11]])[0][:, -1])
-            near(cache.step(model, x[:, i : i + 1]), model.act(x[:, : i + 1])[0][:, -1])
-        cache.fill(model, [])
+            for got, tokens in (
+                (cache.step(model, x[:, -1:], keep=False), x[:, [*range(i), 11]]),
+                (cache.step(model, x[:, i : i + 1]), x[:, : i + 1]),
+            ):
+                mean, log_std, _ = model.act(tokens)
+                near(got, (mean[:, -1], log_std[:, -1].exp()))
+        cache.fill(model, [], None)
+
+
+@torch.no_grad()
+def test_the_policy_stays_within_bounds():
+    """However large the head's weights are, the mean is an action and the deviation lies between a hundredth and 1."""
+    model = tiny_model("ad")
+    model.head.weight.mul_(1000)
+    mean, log_std, _ = model.act(torch.randn(4, 30, 16))
+    assert mean.shape == log_std.shape == (4, 30, 2)
+    assert mean.abs().max() <= 1 and mean.min() < -0.9 and mean.max() > 0.9
+    assert log_std.max() == 0 and 0.01 < log_std.exp().min() < 0.1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -934,11 +978,12 @@ BATCHES = [("ad", 1, False), ("ad", 3, True), ("dpt", 1, True), ("dpt", 3, True)
 
 @pytest.mark.parametrize("mode, stride, learner", BATCHES)
 def test_batches(mode, stride, learner, folder):
-    """Two sequences of each of batch / 2 distinct training tasks; AD's episodes by return, DPT's labels and prefixes.
+    """Two sequences of each of batch / 2 distinct training tasks, with contexts and targets as the data has them.
 
-    Of a finished episode every stride-th step is there, of AD's last one every step, behind two finished ones; with
-    a stride behind two, one and none in turn. AD's targets are the learner's actions where the data has them. Where it
-    has not, they are the actions taken, and those of guests have no weight.
+    AD: none, one and two finished episodes in turn, every stride-th step of each, then a whole episode of the later
+    half, on which alone there are targets: the learner's actions where the data has them, the running episode then
+    being a guest's too, or else the actions taken. DPT: a prompt of three episodes, every stride-th step of each, and
+    queries from all episodes. Finished episodes are sorted by return.
     """
     data = load(f"{folder}/point_robot.npz")
     if not learner:
@@ -948,10 +993,9 @@ def test_batches(mode, stride, learner, folder):
     targets = (data["learner_actions"] if learner else data["actions"])[train]
     x, c = t2mir.tensors(data, train, "cpu"), tiny(mode, queries=40, stride=stride)
     torch.manual_seed(0)
-    seen, prompts, tasks_seen, kinds = set(), set(), set(), set()
-    for i in range(15):
-        finished = [slice(0, None, stride)] * (1 if mode == "dpt" else 2 if stride == 1 else 2 - i % 3)
-        kept = finished + [slice(None)] * (mode == "ad")
+    seen, tasks_seen, finished_seen, running_seen, asked = set(), set(), set(), set(), set()
+    for i in range(60):
+        kept = [slice(0, None, stride)] * (3 if mode == "dpt" else i % 3) + [slice(None)] * (mode == "ad")
         batch = {key: value.numpy() for key, value in BACKBONES[mode].batch(c, x, i, 8).items()}
         ids, counts = np.unique(batch["task_ids"], return_counts=True)
         assert len(ids) == 4 and (counts == 2).all()
@@ -964,86 +1008,215 @@ def test_batches(mode, stride, learner, folder):
                 (place,) = np.flatnonzero((states[:, keep] == batch["states"][b, own]).all((1, 2)))
                 np.testing.assert_array_equal(actions[place, keep], batch["actions"][b, own])
                 np.testing.assert_array_equal(rewards[place, keep], batch["rewards"][b, own])
-                np.testing.assert_array_equal(range(20)[keep], batch["times"][b, own])
-                if mode == "ad":
-                    np.testing.assert_array_equal(targets[task, place, keep], batch["targets"][b, own])
-                    assert (batch["weight"][b, own] == (1 if learner else 1 - data["guest"][place])).all()
-                    kinds |= {bool(data["guest"][place])}
+                np.testing.assert_array_equal(range(20)[keep], batch["times"][own])
                 places.append(place)
                 start = own.stop
             assert start == batch["states"].shape[1]
-            prompts |= set(places)
             if mode == "ad":
-                assert len(set(places)) == len(kept)
-                assert places == sorted(places, key=lambda p: rewards[p].sum())
+                running = places.pop()
+                running_seen.add(running)
+                np.testing.assert_array_equal(targets[task, running], batch["targets"][b])
+                np.testing.assert_array_equal(states[running], batch["queries"][b])
+                np.testing.assert_array_equal(range(20), batch["query_times"])
+                np.testing.assert_array_equal(range(start - 20, start), batch["seen"][b])
             else:
-                assert (batch["weight"] == 1).all()
-                for query, label in zip(batch["queries"][b], batch["targets"][b]):
+                assert batch["query_times"] == 20
+                for query, label in zip(batch["queries"][b], batch["targets"][b], strict=True):
                     e, t = np.argwhere((states == query).all(-1))[0]
                     np.testing.assert_array_equal(labels[e, t], label)
+                    asked.add((e, t))
+            assert places == sorted(places, key=lambda p: rewards[p].sum())
+            finished_seen |= set(places)
         seen |= set(batch["seen"].flatten().tolist())
-    assert tasks_seen == set(range(5)) and prompts == set(range(parts[0].shape[1]))
-    assert kinds == ({True, False} if mode == "ad" else set())  # both guests and learners were drawn
-    length = len(range(0, 20, stride))
-    assert seen == set(range(2 * length + 20 if mode == "ad" else length + 1))
+    E, length = parts[0].shape[1], len(range(0, 20, stride))
+    assert tasks_seen == set(range(5)) and finished_seen == set(range(E))
+    if mode == "ad":
+        assert seen == {n * length + t for n in range(3) for t in range(20)}
+        assert running_seen == {e for e in range(E // 2, E) if learner or not data["guest"][e]}
+        assert data["guest"][E // 2 :].any() and not data["guest"][E // 2 :].all()
+    else:
+        assert seen == set(range(3 * length + 1)) and asked == set(np.ndindex(E, 20))
+
+
+def numbered_data(N, E, T, **more):
+    """Data whose states say where they stand, (task, episode, time); its returns are a permutation in each task."""
+    rng = np.random.default_rng(0)
+    states = np.stack(np.meshgrid(*map(np.arange, (N, E, T)), indexing="ij"), axis=-1).astype(np.float32)
+    rewards = np.stack([rng.permutation(E) for _ in range(N)])[:, :, None].repeat(T, 2).astype(np.float32)
+    actions = rng.uniform(-1, 1, (N, E, T, 2)).astype(np.float32)
+    return dict(states=states, actions=actions, rewards=rewards, test=np.zeros(N, bool), **more)
+
+
+@pytest.mark.parametrize("guests", [False, True])
+@pytest.mark.parametrize("learner", [False, True])
+def test_places_of_episodes(learner, guests):
+    """Episodes by return, the best one last, the own ones of the later half, and the guests' if they can be used."""
+    data = numbered_data(6, 9, 4)
+    guest = np.array([1, 0, 1, 0, 1, 0, 1, 1, 0], bool)
+    data |= {"learner_actions": -data["actions"]} if learner else {}
+    data |= {"guest": guest} if guests else {}
+    tasks = np.array([1, 0, 1, 1, 0, 1], bool)
+    x = t2mir.tensors(data, tasks, "cpu")
+    for key in ("states", "actions", "rewards"):
+        np.testing.assert_array_equal(x[key], data[key][tasks])
+    np.testing.assert_array_equal(x["learner_actions"], (-1 if learner else 1) * data["actions"][tasks])
+    for returns, order in zip(data["rewards"][tasks].sum(-1), x["by_return"]):
+        assert order.tolist() == sorted(range(9), key=lambda e: returns[e])
+    later = range(4, 9)
+    own = [e for e in later if not (guests and guest[e])]
+    assert x["own"].tolist() == own
+    assert x["guests"].tolist() == ([e for e in later if guest[e]] if learner and guests else own)
+
+
+def ranks_of(batch, x, length, n):
+    """Places by return (B, n), 0 for the worst, of the first n episodes of a batch of `numbered_data`."""
+    episodes = batch["states"][:, : n * length : length, 1].long()  # (B, n)
+    return x["by_return"].argsort(dim=1)[batch["task_ids"]].gather(1, episodes)
+
+
+def test_how_often_ad_draws_an_episode():
+    """Two other finished episodes come from the worst r, r uniform; the running one is a guest's in half of the cases.
+
+    How often each pair of places occurs is what a loop of the same draws counts. Of the running episodes each own one
+    is as frequent as any other own one, and each guest as any other guest.
+    """
+    N, E, T, rng = 200, 8, 2, np.random.default_rng(0)
+    data = numbered_data(N, E, T, guest=np.array([0, 1, 0, 0, 0, 1, 0, 0], bool))
+    data["learner_actions"] = data["actions"]
+    x, c = t2mir.tensors(data, np.ones(N, bool), "cpu"), tiny("ad", context=3)
+    torch.manual_seed(0)
+    pairs, slow, running, rounds = np.zeros((E, E)), np.zeros((E, E)), np.zeros(E), 50
+    for _ in range(rounds):
+        batch = t2mir.AD.batch(c, x, 2, 2 * N)
+        np.add.at(pairs, tuple(ranks_of(batch, x, T, 2).T.numpy()), 1)
+        np.add.at(running, batch["states"][:, -1, 1].long().numpy(), 1)
+    draws = 2 * N * rounds
+    ranks = x["by_return"].argsort(dim=1).numpy()  # [task, episode] -> place by return
+    for _ in range(draws):
+        acted = rng.choice([4, 6, 7]) if rng.uniform() < 0.5 else 5  # the running episode is not in its own context
+        others, r = rng.permutation([i for i in range(E) if i != ranks[rng.integers(N), acted]]), rng.uniform(0, E)
+        worst = [i for i in others if i < r] + [i for i in others if i >= r]  # better ones only if there are too few
+        slow[min(worst[:2]), max(worst[:2])] += 1
+    assert pairs.sum() == draws and (abs(pairs - slow) < 5 * np.sqrt(2 * slow + 10)).all()
+    wanted = np.array([0, 0, 0, 0, 1 / 6, 1 / 2, 1 / 6, 1 / 6]) * draws
+    assert (abs(running - wanted) <= 5 * np.sqrt(wanted)).all()
+
+
+def test_ad_draws_as_many_episodes_as_there_are():
+    """With a context of one more than the stored episodes, as many finished ones as there are can be drawn."""
+    data = numbered_data(4, 3, 5)
+    x, c = t2mir.tensors(data, np.ones(4, bool), "cpu"), tiny("ad", context=4)
+    torch.manual_seed(0)
+    for step in range(40):
+        batch = t2mir.AD.batch(c, x, step, 8)
+        assert batch["states"].shape == (8, (step % 4 + 1) * 5, 3) and batch["targets"].shape == (8, 5, 2)
+
+
+def test_dpt_draws_its_prompt_from_all_episodes():
+    """Each of the episodes, prefixes and times of queries is as frequent as any other."""
+    N, E, T = 100, 6, 3
+    data = numbered_data(N, E, T)
+    data["expert_actions"] = data["actions"]
+    x, c = t2mir.tensors(data, np.ones(N, bool), "cpu"), tiny("dpt", context=2, queries=4)
+    torch.manual_seed(0)
+    batches = [t2mir.DPT.batch(c, x, step, 2 * N) for step in range(50)]
+    pairs = np.concatenate([ranks_of(batch, x, T, 2) for batch in batches])
+    assert (pairs[:, 0] <= pairs[:, 1]).all()
+    queries = np.concatenate([batch["queries"].flatten(0, 1) for batch in batches]).astype(int)
+    seen = np.concatenate([batch["seen"].flatten() for batch in batches])
+    for numbers, n in ((pairs.flatten(), E), (queries[:, 1], E), (queries[:, 2], T), (seen, 2 * T + 1)):
+        counts = np.bincount(numbers, minlength=n)
+        assert len(counts) == n and (abs(counts - len(numbers) / n) < 5 * np.sqrt(len(numbers) / n)).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_remembered_arrays_replace_what_is_finished(mode, folder):
+    """With `remembered`, the same draws take the finished episodes from there, at the same places by return.
+
+    The running episode, the queries and the targets stay those of the task itself.
+    """
+    x = training_arrays(folder)
+    torch.manual_seed(1)
+    fresh = {key: torch.randn_like(x[key]) for key in ("states", "actions", "rewards")}
+    fresh["by_return"] = fresh["rewards"].sum(-1).argsort(dim=1)
+    c, kept = tiny(mode, stride=3), slice(0, None, 3)
+    own, other = [], []
+    for step in range(3):
+        for batches, remembered in ((own, {}), (other, {"remembered": fresh})):
+            torch.manual_seed(step)
+            batches.append(BACKBONES[mode].batch(c, x, step, 8, **remembered))
+    for one, two in zip(own, other):
+        end = one["states"].shape[1] - (20 if mode == "ad" else 0)
+        for b, task in enumerate(one["task_ids"]):
+            for start in range(0, end, 7):
+                part = slice(start, start + 7)
+                episodes, drawn = x["states"][task, :, kept], one["states"][b, part]
+                (place,) = [i for i, episode in enumerate(episodes) if torch.equal(episode, drawn)]
+                rank = x["by_return"][task].tolist().index(place)
+                for key in ("states", "actions", "rewards"):
+                    assert torch.equal(two[key][b, part], fresh[key][task, fresh["by_return"][task, rank], kept])
+        for key in ("states", "actions", "rewards"):
+            assert torch.equal(one[key][:, end:], two[key][:, end:])
+        for key in ("times", "task_ids", "targets", "queries", "query_times", "seen"):
+            assert torch.equal(one[key], two[key])
 
 
 def one_by_one(model, batch):
-    """Actions (B, P, act_dim), each from a pass of its own over the tokens that precede it, and over no others."""
+    """Mean and log deviation (B, P, act_dim), each from a pass of its own over what precedes it, and over no others."""
     x = model.tokens(batch["states"], batch["actions"], batch["rewards"], batch["times"])
-    if "queries" not in batch:
-        places = range(batch["states"].shape[1])
-        return torch.stack([model.act(x[:, : 3 * t + 1])[0][:, -1] for t in places], dim=1)
-    predicted = torch.zeros_like(batch["targets"])
-    for b, q in np.ndindex(*batch["seen"].shape):
-        query = model.state_tokens(batch["queries"][b : b + 1, q : q + 1], model.horizon)
-        seen = torch.cat([x[b : b + 1, : 3 * batch["seen"][b, q]], query], dim=1)
-        predicted[b, q] = model.act(seen)[0][0, -1]
-    return predicted
+    mean, log_std = torch.zeros_like(batch["targets"]), torch.zeros_like(batch["targets"])
+    for b, p in np.ndindex(*batch["seen"].shape):
+        time = model.horizon if model.config.mode == "dpt" else p
+        query = model.state_tokens(batch["queries"][b : b + 1, p : p + 1], time)
+        m, s, _ = model.act(torch.cat([x[b : b + 1, : 3 * batch["seen"][b, p]], query], dim=1))
+        mean[b, p], log_std[b, p] = m[0, -1], s[0, -1]
+    return mean, log_std
+
+
+def test_neg_log_prob_is_that_of_a_normal_distribution():
+    """Per action dimension, and up to the constant log(2 pi) / 2; its gradients are those of torch.distributions."""
+    torch.manual_seed(0)
+    actions, mean, log_std = (torch.randn(4, 6, 3, dtype=double, requires_grad=True) for _ in range(3))
+    fast = t2mir.neg_log_prob(actions, mean, log_std)
+    slow = -distributions.Normal(mean, log_std.exp()).log_prob(actions) - 0.5 * math.log(2 * math.pi)
+    near(fast, slow)
+    weight = torch.randn(4, 6, 3, dtype=double)
+    got, wanted = (torch.autograd.grad((y * weight).sum(), [mean, log_std]) for y in (fast, slow))
+    near(got, wanted)
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("stride", [1, 3])
 @pytest.mark.parametrize("mode", MODES)
-def test_action_loss_equals_one_pass_for_each_prediction(mode, folder):
-    """The loss is the mean squared error of actions that are computed from nothing but what precedes them."""
-    data = load(f"{folder}/point_robot.npz")
-    del data["learner_actions"]
+def test_action_loss_equals_one_pass_for_each_prediction(mode, stride, folder):
+    """The loss is that of policies which are computed from nothing but what precedes the predictions."""
+    model, x = tiny_model(mode, batch=4, stride=stride).double(), training_arrays(folder)
+    for step in range(3):
+        batch = in_double(draw(model.config, x, step))
+        mean, log_std = one_by_one(model, batch)
+        near(BACKBONES[mode].predict(model, batch)[:2], (mean, log_std), 1e-8)
+        # Each prediction's -log P is weighted by its variance.
+        slow = log_std.exp() ** 2 * -distributions.Normal(mean, log_std.exp()).log_prob(batch["targets"])
+        slow = slow - log_std.exp() ** 2 * 0.5 * math.log(2 * math.pi)
+        near(model(batch)["action"], slow.mean(), 1e-8)
+        assert mean.std() > 0.01 and log_std.std() > 0.01
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_mean_learns_as_from_squared_errors(mode, folder):
+    """The weight of -log P leaves the gradient of half the squared error to the mean, whatever the deviation is."""
     model = tiny_model(mode, batch=4).double()
-    batch = in_double(draw(model.config, t2mir.tensors(data, ~data["test"], "cpu")))
-    weight = batch["weight"].bool()
-    assert mode == "dpt" or 0 < weight.sum() < weight.numel()  # guests' actions are no targets
-    errors = (one_by_one(model, batch) - batch["targets"])[weight]
-    near(model(batch)["action"], errors.square().mean(), 1e-6)  # it is added up in float32
-    batch["weight"] = torch.zeros_like(batch["weight"])  # guests alone, as can happen in a small batch
-    assert model(batch)["action"] == 0
+    batch, heard = in_double(draw(model.config, training_arrays(folder), 0)), {}
+    act = model.act
 
+    def listening(*args, **given):
+        heard["mean"], *rest = act(*args, **given)
+        heard["mean"].retain_grad()
+        return heard["mean"], *rest
 
-@torch.no_grad()
-@pytest.mark.parametrize("mode", MODES)
-def test_controls_change_the_context_alone(mode, folder):
-    """Hidden, a prediction knows its own state alone; other, what is finished is of another task in the same batch."""
-    model, x = tiny_model(mode), training_arrays(folder)
-    batch, backbone = draw(model.config, x), BACKBONES[mode]
-    hidden, other = (backbone.control(batch, context) for context in ("hidden", "other"))
-    near(*(backbone.predict(model, b)[0] for b in (batch, backbone.control(batch, "own"))))
-    predicted = backbone.predict(model, hidden)[0].view_as(batch["targets"])
-    for b, p in np.ndindex(*batch["targets"].shape[:2]):
-        state, time = (batch["states"], batch["times"][b, p]) if mode == "ad" else (batch["queries"], model.horizon)
-        token = model.state_tokens(state[b, p][None, None], time)
-        near(predicted[b, p], model.act(token)[0][0, 0], 1e-5)
-    running = 20 if mode == "ad" else 0
-    finished = batch["states"].shape[1] - running
-    for b, task in enumerate(batch["task_ids"]):
-        owners = [t for t in range(5) if (x["states"][t] == other["states"][b, 0]).all(-1).any()]
-        assert owners != [] and int(task) not in owners
-        twins = (i for i in range(8) if torch.equal(other["states"][b, :finished], batch["states"][i, :finished]))
-        twin = next(twins)
-        for key in ("actions", "rewards"):
-            assert torch.equal(other[key][b, :finished], batch[key][twin, :finished])
-        for key in ("states", "actions", "rewards"):
-            assert torch.equal(other[key][b, finished:], batch[key][b, finished:])
-    for key in ("targets", "weight", "task_ids"):
-        assert torch.equal(other[key], batch[key]) and torch.equal(hidden[key], batch[key])
+    model.act = listening
+    model(batch)["action"].backward()
+    near(heard["mean"].grad, (heard["mean"].detach() - batch["targets"]) / batch["targets"].numel(), 1e-8)
 
 
 @torch.no_grad()
@@ -1054,33 +1227,36 @@ def test_bfloat16_changes_little(mode, folder):
     batch, types, losses = draw(model.config, training_arrays(folder)), set(), []
     for block in model.blocks:
         for moe in (block.moe.token_moe, block.moe.task_moe):
-            moe.router.register_forward_hook(lambda m, x, y: types.add(y.logits.dtype))
+            moe.register_forward_hook(lambda m, x, y: types.update((y[1].logits.dtype, y[1].gates.dtype)))
     for enabled in (False, True):
         torch.manual_seed(0)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             losses.append(model(batch))
     assert types == {torch.float32}
     for name in ("action", "contrastive"):
-        assert float(losses[1][name]) == pytest.approx(float(losses[0][name]), rel=0.05)
+        assert float(losses[1][name]) == pytest.approx(float(losses[0][name]), rel=0.05, abs=0.02)
+    assert losses[1]["action"].dtype == torch.float32
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Acting in context
 
 
-ACTING = [("ad", "own", 1), ("ad", "own", 3), ("ad", "hidden", 1), ("ad", "other", 1), ("ad", "other", 3)]
-ACTING += [("dpt", "own", 1), ("dpt", "own", 3), ("dpt", "hidden", 1), ("dpt", "other", 1), ("dpt", "other", 3)]
+CONTEXTS = ("own", "other", "hidden")
+ACTING = [(mode, context, stride, 3) for mode in MODES for context in CONTEXTS for stride in (1, 3)]
+ACTING += [(mode, "own", 1, K) for mode in MODES for K in (1, 2, 4)]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mode, context, stride", ACTING)
-def test_acting_with_the_cache_equals_the_full_pass(mode, context, stride, monkeypatch):
-    """Every action of `evaluate` is that of one pass, without a cache, over all the tokens that its docstring says.
+@pytest.mark.parametrize("mode, context, stride, K", ACTING)
+def test_acting_with_the_cache_equals_the_full_pass(mode, context, stride, K, monkeypatch):
+    """Every action of `evaluate` is drawn from the policy of one pass, without a cache, over all the right tokens.
 
-    Two of AD's episodes and one of DPT's are remembered. With another task's context, what is remembered is that of
-    the task before, and the running episode is the agent's own.
+    AD remembers the newest finished episode and the best K - 2 of the earlier ones, DPT the best K of all, sorted by
+    return. With another task's context, what is remembered is that of the task before, and the running episode is the
+    agent's own.
     """
-    model, T, N, episodes, lived = tiny_model(mode, stride=stride), 20, 3, 5, []
+    model, T, N, episodes, lived = tiny_model(mode, stride=stride, context=K), 20, 3, 6, []
 
     def recording(name, tasks):
         env = make_vec(name, tasks)
@@ -1105,15 +1281,25 @@ def test_acting_with_the_cache_equals_the_full_pass(mode, context, stride, monke
     lived = [[torch.tensor(np.stack(part, axis=1)) for part in zip(*steps)] for steps in lived]  # (N, T, ...) each
     assert [episode[0].shape for episode in lived] == [(N, T, 2)] * episodes
     np.testing.assert_allclose(returns, [rewards.sum(1) for _, _, rewards in lived], rtol=1e-5)
-    assert torch.stack([actions for _, actions, _ in lived]).std(2).min() > 0.005  # the actions are no constants
-    kept, reordered = torch.arange(0, T, stride), 0
+    generator = torch.Generator().manual_seed(4)
+    noise = torch.stack([torch.randn(N, 2, generator=generator) for _ in range(episodes * T)]).view(episodes, T, N, 2)
+    kept, moved, selected = torch.arange(0, T, stride), 0, 0
+    means, deviations = torch.zeros(episodes, N, T, 2), torch.zeros(episodes, N, T, 2)
     for e, i in itertools.product(range(episodes), range(N)):
         owner = (i - 1) % N if context == "other" else i
-        past = lived[max(0, e - (2 if mode == "ad" else 1)) : e] if context != "hidden" else []
-        if mode == "ad":
-            ordered = sorted(past, key=lambda episode: episode[2][owner].sum().item())
-            reordered += any(a is not b for a, b in zip(ordered, past))
-            past = ordered
+
+        def total(episode):
+            return episode[2][owner].sum().item()
+
+        best = sorted(lived[:e] if mode == "dpt" else lived[: max(0, e - 1)], key=total, reverse=True)
+        if mode == "dpt":
+            past = best[:K]
+        else:
+            past = (best[: max(0, K - 2)] + lived[e - 1 : e]) if e > 0 and K > 1 else []
+        past = [] if context == "hidden" else sorted(past, key=total)
+        in_order = [episode for episode in lived[:e] if any(episode is one for one in past)]
+        moved += any(a is not b for a, b in zip(in_order, past))
+        selected += any(a is not b for a, b in zip(in_order, lived[e - len(past) : e]))
         past = [model.tokens(*(part[owner : owner + 1, kept] for part in episode), kept) for episode in past]
         own = [part[i : i + 1] for part in lived[e]]
         running = model.tokens(*own, torch.arange(T))
@@ -1124,36 +1310,70 @@ def test_acting_with_the_cache_equals_the_full_pass(mode, context, stride, monke
             else:
                 so_far = [strided[:, : 3 * int((kept < t).sum())]] if e == 0 and context != "hidden" else []
                 now = torch.cat([*so_far, model.state_tokens(own[0][:, t : t + 1], T)], dim=1)
-            full = model.act(torch.cat([*past, now], dim=1))[0][:, -1]
-            near(lived[e][1][i, t], full[0], 1e-5)
-    assert reordered or mode == "dpt" or context == "hidden"  # sorting had work to do
+            mean, log_std, _ = model.act(torch.cat([*past, now], dim=1))
+            means[e, i, t], deviations[e, i, t] = mean[0, -1], log_std[0, -1].exp()
+            near(lived[e][1][i, t], (mean[0, -1] + deviations[e, i, t] * noise[e, t, i]).clamp(-1, 1), 1e-4)
+    assert means.std(2).min() > 0.005 and deviations.std(2).min() > 0.001  # the policy is not constant
+    if context != "hidden" and K > 1:  # choosing and sorting had work to do
+        assert (moved or K == 2) and (selected or (mode, K) == ("ad", 2))
 
 
-def test_actions_spread_as_asked(monkeypatch):
-    """Around a mean of zero, actions have the deviation `explore` in the first episode and `noise` in later ones."""
-    taken = []
+@torch.no_grad()
+def test_the_cache_is_filled_with_what_is_chosen():
+    """Chosen episodes enter by return, the best one last, each task with its own choice; others leave no trace."""
+    torch.manual_seed(0)
+    model, N, T = tiny_model("ad", stride=3).double(), 3, 20
+    memory = [[torch.randn(N, T, *size, dtype=double) for size in ((2,), (2,), ())] for _ in range(5)]
+    places, kept = torch.tensor([[4, 0], [1, 2], [3, 4]]), torch.arange(0, T, 3)
+    cache, token, given = t2mir.Cache(model, N, 100), torch.randn(N, 1, 16, dtype=double), []
+
+    def choose(returns):
+        given.append(returns.clone())
+        returns.zero_()  # what is done to the returns does not change the order
+        return places
+
+    for _ in range(2):  # what the cache held before is gone
+        cache.fill(model, memory, choose)
+        mean, deviation = cache.step(model, token, keep=False)
+        for i, row in enumerate(places.tolist()):
+            ordered = sorted((memory[place] for place in row), key=lambda episode: episode[2][i].sum())
+            tokens = [model.tokens(*(part[i : i + 1, kept] for part in episode), kept) for episode in ordered]
+            one_mean, one_log_std, _ = model.act(torch.cat([*tokens, token[i : i + 1]], dim=1))
+            near((mean[i], deviation[i]), (one_mean[0, -1], one_log_std[0, -1].exp()))
+    near(given[0], torch.stack([torch.stack([episode[2][i].sum() for episode in memory]) for i in range(N)]))
+
+
+def test_actions_spread_as_the_policy_says(monkeypatch):
+    """Around a mean of zero, actions have the policy's deviation in every episode, and no draw repeats another."""
+    taken, deviation = [], torch.tensor([0.1, 0.25])
 
     class Recorder(ENVS["point_robot"]):
         def step(self, actions):
             taken.append(actions)
             return super().step(actions)
 
+    def act(self, x, **given):
+        return torch.zeros(len(x), 1, 2), deviation.log().expand(len(x), 1, 2), []
+
     monkeypatch.setattr(t2mir, "make_vec", lambda name, tasks: Recorder(tasks))
-    monkeypatch.setattr(T2MIR, "act", lambda self, x, **given: (torch.zeros(len(x), 1, 2), []))
-    for mode in MODES:
+    monkeypatch.setattr(T2MIR, "act", act)
+    for mode, context in itertools.product(MODES, CONTEXTS):
         taken.clear()
-        evaluate(tiny_model(mode, explore=0.2, noise=0.1), np.zeros((200, 2)), episodes=3)
-        spread = np.stack(taken).reshape(3, -1).std(1)  # 8,000 draws an episode
-        np.testing.assert_allclose(spread, [0.2, 0.1, 0.1], rtol=0.05)
-        taken.clear()
-        evaluate(tiny_model(mode, explore=0.2, noise=0.0), np.zeros((2, 2)), episodes=2)
-        assert np.any(taken[:20]) and not np.any(taken[20:])
+        evaluate(tiny_model(mode), np.zeros((200, 2)), episodes=3, context=context)
+        episodes = np.stack(taken).reshape(3, -1, 2)  # 4,000 draws of each dimension in an episode
+        for draws in episodes:
+            np.testing.assert_allclose(draws.std(0), deviation, rtol=0.06)  # five standard deviations
+            np.testing.assert_allclose(draws.mean(0) / deviation.numpy(), 0, atol=0.08)
+        assert (abs(np.corrcoef(episodes.transpose(0, 2, 1).reshape(6, -1)) - np.eye(6)) < 0.08).all()
+        steps = np.stack(taken)[..., 0]  # (60, 200)
+        assert abs(np.corrcoef(steps) - np.eye(60)).max() < 0.5
+        assert abs(np.corrcoef(steps.T) - np.eye(200)).max() < 0.8
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_evaluation_leaves_the_model_as_it_was(mode):
     """Evaluating twice gives the same returns, without dropout, and a model in training mode stays in it."""
-    model, tasks = tiny_model(mode, dropout=0.5, noise=0.3, explore=0.3).train(), np.array([[0.5, 0.1], [-0.3, 0.2]])
+    model, tasks = tiny_model(mode, dropout=0.5).train(), np.array([[0.5, 0.1], [-0.3, 0.2]])
     first = evaluate(model, tasks, 3, seed=1)
     torch.rand(5)
     np.testing.assert_array_equal(evaluate(model, tasks, 3, seed=1), first)
@@ -1179,31 +1399,57 @@ def test_scores_leave_out_experts_that_are_no_better_than_random(folder):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("mode", MODES)
-def test_the_held_out_error_is_a_fixed_number_of_a_model(mode, folder, monkeypatch):
-    """It is the same whatever was drawn before, leaves the model in training mode, and equals a slow recomputation."""
-    data, backbone = load(f"{folder}/point_robot.npz"), BACKBONES[mode]
-    del data["learner_actions"]  # so that the guests' actions have no weight
+def test_the_held_out_loss_equals_one_pass_for_each_prediction(mode, context, folder):
+    """The controls change the context alone: hidden, a prediction knows its own state and no more.
+
+    With another task's context, the finished episodes are those of the task before, at the same places by return.
+    Without dropout, and the model stays in training mode.
+    """
+    model = tiny_model(mode, dropout=0.3, stride=5, queries=4).train()
+    c, x, kept, wanted, amount = model.config, training_arrays(folder), slice(0, None, 5), [], []
+    seen, losses = t2mir.held_out_loss(model, x, context, batches=4)
+    assert model.training
+    model.eval()
+    for i in range(4):
+        batch = draw(c, x, step=i, seed=i)
+        amount.append(batch["seen"].flatten())
+        if context == "hidden":
+            tokens = model.state_tokens(batch["queries"], batch["query_times"])
+            policies = [model.act(token[None, None])[:2] for token in tokens.flatten(0, 1)]
+            mean, log_std = (torch.cat(part).view_as(batch["targets"]) for part in zip(*policies))
+        elif context == "other":
+            end = batch["states"].shape[1] - (20 if mode == "ad" else 0)
+            for b, start in itertools.product(range(8), range(0, end, 4)):
+                part, task = slice(start, start + 4), int(batch["task_ids"][b])
+                places = x["by_return"][task].tolist()
+                episodes, drawn = x["states"][task, places][:, kept], batch["states"][b, part]
+                (rank,) = [r for r, episode in enumerate(episodes) if torch.equal(episode, drawn)]
+                for key in ("states", "actions", "rewards"):
+                    batch[key][b, part] = x[key][task - 1, x["by_return"][task - 1, rank], kept]
+        if context != "hidden":
+            mean, log_std = one_by_one(model, batch)
+        wanted.append(t2mir.neg_log_prob(batch["targets"], mean, log_std).mean(-1).flatten())
+    np.testing.assert_array_equal(seen, torch.cat(amount))
+    np.testing.assert_allclose(losses, torch.cat(wanted), rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", MODES)
+def test_the_held_out_loss_is_a_fixed_number_of_a_model(mode, folder):
+    """It is the same whatever was drawn before, and the logged number is its mean with the own context."""
+    data = load(f"{folder}/point_robot.npz")
     model = tiny_model(mode, dropout=0.3, context=2, stride=10, eval_episodes=1).train()
-    x, batch, drawn = t2mir.tensors(data, data["test"], "cpu"), backbone.batch, []
-
-    def recording(*args):
-        drawn.append(batch(*args))
-        return drawn[-1]
-
-    monkeypatch.setattr(backbone, "batch", staticmethod(recording))
-    measured = []
+    x, measured = t2mir.tensors(data, data["test"], "cpu"), []
     for seed in (1, 2):
         torch.manual_seed(seed)
         measured.append(t2mir.measure(model, data, data["test"], x)["heldout"])
     assert measured[0] == measured[1] and model.training
-    total = weight = 0.0
-    model.eval()
-    for one in drawn[: len(drawn) // 2]:
-        assert len(one["task_ids"]) == 4  # two tasks are held out
-        error = (one_by_one(model, one) - one["targets"]).square().mean(-1)
-        total, weight = total + (error * one["weight"]).sum().item(), weight + one["weight"].sum().item()
-    assert measured[0] == pytest.approx(total / weight, rel=1e-4)
+    losses = {context: t2mir.held_out_loss(model, x, context)[1] for context in CONTEXTS}
+    assert losses["own"].shape == (20 * 4 * (20 if mode == "ad" else 6),)  # two tasks are held out
+    assert measured[0] == pytest.approx(losses["own"].mean(), rel=1e-6)
+    assert len({float(part.mean()) for part in losses.values()}) == 3
     model.head.weight.mul_(1.5)
     assert t2mir.measure(model, data, data["test"], x)["heldout"] != measured[0]
 
@@ -1214,7 +1460,7 @@ def test_the_held_out_error_is_a_fixed_number_of_a_model(mode, folder, monkeypat
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_tiny_model_learns_a_tiny_batch_by_heart(mode, folder):
-    """Trained on one batch with all its losses, the action loss falls below 2% of the targets' variance."""
+    """Trained on one batch with all its losses, the means' squared error falls below 2% of the targets' variance."""
     torch.manual_seed(0)
     c = tiny(mode, d_model=32, batch=4, context=1, queries=16)
     model = T2MIR(c, sizes_of("point_robot"))
@@ -1225,10 +1471,12 @@ def test_a_tiny_model_learns_a_tiny_batch_by_heart(mode, folder):
         optimizer.zero_grad()
         sum(weight * losses[name] for name, weight in weights.items()).backward()
         optimizer.step()
-        if step % 25 == 24 and model.eval()(batch)["action"] < 0.02 * batch["targets"].var():
-            return
-    share = model.eval()(batch)["action"] / batch["targets"].var()
-    pytest.fail(f"the action loss is still {share:.3f} of the variance")
+        if step % 25 == 24:
+            mean, _, _ = BACKBONES[mode].predict(model.eval(), batch)
+            share = float((mean.detach() - batch["targets"]).square().mean() / batch["targets"].var())
+            if share < 0.02:
+                return
+    pytest.fail(f"the squared error is still {share:.3f} of the variance")
 
 
 def test_the_learning_rate_rises_and_falls():
@@ -1366,17 +1614,17 @@ def own_data(folder, experts=True, **changed):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_own_data_without_a_simulator(mode, tmp_path, capsys):
-    """Another robot's data trains both backbones. The log has the held-out error and no return, and the report
-    compares the three contexts by action error, at growing amounts of context."""
+    """Another robot's data trains both backbones. The log has the held-out loss and no return, and the report
+    compares the three contexts by this loss, at growing amounts of context."""
     own_data(tmp_path, experts=mode == "dpt")
     run = short_run(mode, tmp_path, tmp_path, env="my_robot", batch=4)
     log = rows(run / "log.csv")
-    assert len(log) == 2 and all(float(row["heldout"]) > 0 for row in log)
+    assert len(log) == 2 and all(np.isfinite(float(row["heldout"])) for row in log)
     assert not {"return", "score"} & set(log[0])
     result, said = np.load(run / "result.npz"), capsys.readouterr().out
     assert set(result.files) == {"own", "hidden", "other", "amount"} and (np.diff(result["amount"]) > 0).all()
     for context in ("own", "hidden", "other"):
-        assert result[context].shape == (len(result["amount"]), 1) and (result[context] > 0).all()
+        assert result[context].shape == (len(result["amount"]), 1) and np.isfinite(result[context]).all()
     lines = {line.split(":")[0]: line.split(":")[1].split() for line in said.splitlines() if "context" in line}
     np.testing.assert_allclose([float(x) for x in lines["own context"]], result["own"][:, 0], atol=6e-4)
     np.testing.assert_allclose([float(x) for x in lines["context hidden"]], result["hidden"][:, 0], atol=6e-4)
@@ -1386,9 +1634,9 @@ def test_own_data_without_a_simulator(mode, tmp_path, capsys):
 
 
 def test_context_helps_where_it_tells_the_task(tmp_path):
-    """Where every action of a task is one constant, a trained AD agent errs less with its own context than without.
+    """Where every action of a task is one constant, a trained AD agent's loss is lowest with its own context.
 
-    With another task's finished episodes, it errs more.
+    It is higher without a context, and with another task's finished episodes.
     """
     rng, shape = np.random.default_rng(0), (12, 4, 5)
     actions = np.broadcast_to(np.where(np.arange(12) % 2, 0.8, -0.8)[:, None, None, None], (*shape, 1))
@@ -1397,7 +1645,7 @@ def test_context_helps_where_it_tells_the_task(tmp_path):
     given = dict(steps=150, warmup=10, lr=5e-3, eval_every=150, dropout=0.0, batch=8)
     result = np.load(short_run("ad", tmp_path, tmp_path, env="coin", **given) / "result.npz")
     own, hidden, other = (result[context].mean() for context in ("own", "hidden", "other"))
-    assert own < 0.3 * hidden and own < 0.5 * other
+    assert own < hidden - 1 and own < other - 0.5
 
 
 def test_dpt_needs_expert_actions(tmp_path):
@@ -1449,10 +1697,10 @@ def stop_at(monkeypatch, mode, step, num_tasks=5):
     backbone = BACKBONES[mode]
     batch = backbone.batch
 
-    def stopping(c, x, now, size):
+    def stopping(c, x, now, *rest):
         if now == step and len(x["rewards"]) == num_tasks:
             raise KeyboardInterrupt
-        return batch(c, x, now, size)
+        return batch(c, x, now, *rest)
 
     monkeypatch.setattr(backbone, "batch", staticmethod(stopping))
 
@@ -1519,14 +1767,21 @@ def test_a_run_goes_on_with_its_own_data_only(folder, tmp_path, monkeypatch):
     assert [row["step"] for row in rows(run / "log.csv")] == ["3", "6", "8"]
 
 
-def test_flags_beside_resume(folder, tmp_path, monkeypatch):
-    """Only a longer run, another place of the data and another device may be asked for."""
+def test_flags_beside_resume(folder, tmp_path, monkeypatch, capsys):
+    """Only a longer run, another place of the data and another device may be asked for; others end with code 2."""
     run = short_run("ad", folder, tmp_path)
-    for flags in ("--lr 1", "--seed 3", "--steps 5", "--env cheetah_vel", "--name other"):
-        with pytest.raises(BadInput, match=flags.split()[0]):
-            call_main(monkeypatch, "--resume", run, *flags.split())
-    call_main(monkeypatch, "--resume", run, "--steps", "8", "--data", folder, "--device", "cpu")
+    before = (run / "ckpt.pt").read_bytes(), (run / "config.json").read_bytes()
+    with pytest.raises(BadInput, match="--steps"):
+        call_main(monkeypatch, "--resume", run, "--steps", "5")
+    for flags in ("--lr 1", "--seed 3", "--env cheetah_vel", "--name other", "--dev cpu", "--steps 8.5", "--help"):
+        for resume in (["--resume", run], [f"--resume={run}"]):
+            with pytest.raises(SystemExit) as ended:
+                call_main(monkeypatch, *resume, *flags.split())
+            assert ended.value.code == 2 and flags.split()[0] in capsys.readouterr().err
+    assert before == ((run / "ckpt.pt").read_bytes(), (run / "config.json").read_bytes())
+    call_main(monkeypatch, f"--resume={run}", "--steps", "8", "--data", folder, "--device", "cpu")
     assert [row["step"] for row in rows(run / "log.csv")] == ["3", "6", "8"]
+    assert json.loads((run / "config.json").read_text())["steps"] == 8
 
 
 def test_a_run_of_another_machine_continues_on_this_device(folder, tmp_path, monkeypatch):
@@ -1625,7 +1880,7 @@ def test_two_processes_train_one_model(folder, tmp_path):
     given = dict(steps=10, eval_every=10, data=folder, runs=str(tmp_path), warmup=3, lr=1e-3, eval_episodes=1)
     given["momentum"] = 0.5
     kept = ("d_model", "n_layers", "n_heads", "dropout", "moe_layers", "token_experts", "task_experts", "context")
-    kept += ("queries", "batch", "explore", "noise", "device")
+    kept += ("queries", "batch", "device")
     given |= {key: value for key, value in dataclasses.asdict(tiny("ad")).items() if key in kept}
     environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -1659,7 +1914,7 @@ def test_two_processes_train_one_model(folder, tmp_path):
                 torch.nn.utils.clip_grad_norm_(parameters, c.clip)
                 optimizer.step()
                 for block in model.blocks:
-                    key, router = block.moe.task_moe.key_router.weight, block.moe.task_moe.router.logits.weight
+                    key, router = block.moe.task_moe.key_router.weight, block.moe.task_moe.router.weight
                     key.data = key.data + c.momentum * (router.data - key.data)
         finally:
             torch.randn_like = randn_like
@@ -1715,14 +1970,16 @@ TRAIN = """
 --eval_episodes 0 | --eval_episodes 0
 --dtype nope | nope
 --device nope | --device nope
---noise -1 | --noise -1
+--context 0 | --context 0
 word | word
---mode ad --batch 4 --context 99 | --context 99
 --val_tasks 9 --batch 4 | --batch 4
 --runs FILE --batch 4 | FILE
 --resume none | none/ckpt.pt
 --resume FOLDER | FOLDER/ckpt.pt
---resume none --lr 1 | none/ckpt.pt"""
+--resume none --steps 9 --device cpu | none/ckpt.pt
+--resume none --lr 1 | --lr
+--resume none --steps 1.5 | '1.5'
+--resume | --resume"""
 CASES = TRAIN.split("\n")[1:]
 
 
@@ -1746,10 +2003,9 @@ def test_bad_input_is_named_and_leaves_no_run(case, folder, tmp_path, monkeypatc
 
 
 def test_a_dataset_that_does_not_fit_is_named(folder, tmp_path, monkeypatch):
-    """Another family's data under this name, a truncated file, too few tasks or episodes; no run folder is left."""
+    """Another family's data under this name, a truncated file, or too few tasks; no run folder is left."""
     point, cheetah = (Path(f"{folder}/{name}.npz").read_bytes() for name in ("point_robot", "cheetah_vel"))
     cases = [(cheetah, "", "must have shape"), (point[:3000], "", "damaged"), (point, "--batch 64", "--batch 64")]
-    cases += [(point, "--mode ad --batch 4 --context 9", "--context 9")]
     for content, argv, message in cases:
         (tmp_path / "point_robot.npz").write_bytes(content)
         with pytest.raises(BadInput, match=message) as caught:
@@ -1805,6 +2061,7 @@ def test_flags_make_the_config(monkeypatch):
         wanted |= {"env": env, "mode": mode, **given}
         assert all(getattr(configs[-1], k) == v for k, v in wanted.items() if v != "auto")
     assert configs[-1].steps == 1500 and t2mir.preset("my_robot", "ad").w_imp == 0.01
+    assert all(t2mir.preset(env, mode).context == (1 if mode == "dpt" else 4) for env, mode in t2mir.PRESETS)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(folder, tmp_path):
@@ -1839,8 +2096,8 @@ def test_a_dataset_is_checked_array_by_array(folder, tmp_path):
     np.savez(path, **own)
     assert {name: load(path)[name].dtype for name in own} == dict.fromkeys(own, np.float32) | {"test": bool}
     for name, array, message in [
-        ("rewards", np.zeros((4, 3)), r"`rewards` must have shape \(tasks, episodes, steps\)"),
-        ("states", np.zeros((4, 3, 8, 37)), r"`states` must have shape \(N E T obs_dim\) = \(4, 3, 7, 37\)"),
+        ("rewards", np.zeros((4, 3)), r"`rewards` must have shape"),
+        ("states", np.zeros((4, 3, 8, 37)), r"`states` must have shape \(N E T obs\) = \(4, 3, 7, 37\)"),
         ("expert_actions", np.zeros((4, 3, 7, 6)), "`expert_actions` must have shape"),
         ("actions", 3 * own["actions"], r"`actions` must lie in \[-1, 1\]"),
         ("states", own["states"] * np.nan, "`states` has non-finite values"),
