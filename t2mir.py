@@ -450,10 +450,10 @@ class T2MIR(nn.Module):
         there while training.
         """
         mean, log_std, routed = BACKBONES[self.config.mode].predict(self, batch)  # (B, P, act_dim)
-        # Weighted by the variance, which is held constant, the mean learns as from squared errors: not most where the
-        # agent is sure already (beta-NLL with beta 1, Seitzer et al. 2022).
-        variance = (2 * log_std).exp().detach()
-        losses = defaultdict(float, action=(variance * neg_log_prob(batch["targets"], mean, log_std)).mean())
+        # Weighted by the deviation, held constant: otherwise the mean learns most where the agent is sure already, and
+        # weighted by the variance it learns as from squared errors (beta-NLL, Seitzer et al. 2022).
+        weight = log_std.detach().exp()
+        losses = defaultdict(float, action=(weight * neg_log_prob(batch["targets"], mean, log_std)).mean())
         end = 3 * batch["states"].shape[1] - 1  # the last token of the context
         for r in routed if self.training else ():
             if "token" in r:  # (2) balance loss: w_imp CV(Imp)^2 + w_load CV(Load)^2

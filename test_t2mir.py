@@ -1195,28 +1195,28 @@ def test_action_loss_equals_one_pass_for_each_prediction(mode, stride, folder):
         batch = in_double(draw(model.config, x, step))
         mean, log_std = one_by_one(model, batch)
         near(BACKBONES[mode].predict(model, batch)[:2], (mean, log_std), 1e-8)
-        # Each prediction's -log P is weighted by its variance.
-        slow = log_std.exp() ** 2 * -distributions.Normal(mean, log_std.exp()).log_prob(batch["targets"])
-        slow = slow - log_std.exp() ** 2 * 0.5 * math.log(2 * math.pi)
-        near(model(batch)["action"], slow.mean(), 1e-8)
+        # Each prediction's -log P is weighted by its deviation.
+        slow = -distributions.Normal(mean, log_std.exp()).log_prob(batch["targets"]) - 0.5 * math.log(2 * math.pi)
+        near(model(batch)["action"], (log_std.exp() * slow).mean(), 1e-8)
         assert mean.std() > 0.01 and log_std.std() > 0.01
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_mean_learns_as_from_squared_errors(mode, folder):
-    """The weight of -log P leaves the gradient of half the squared error to the mean, whatever the deviation is."""
+def test_the_mean_learns_from_errors_over_deviations(mode, folder):
+    """The gradient to a mean is its error over the deviation: the weight takes one of the two factors away."""
     model = tiny_model(mode, batch=4).double()
-    batch, heard = in_double(draw(model.config, training_arrays(folder), 0)), {}
+    batch, heard = in_double(draw(model.config, training_arrays(folder), 0)), []
     act = model.act
 
     def listening(*args, **given):
-        heard["mean"], *rest = act(*args, **given)
-        heard["mean"].retain_grad()
-        return heard["mean"], *rest
+        heard.extend(act(*args, **given))
+        heard[0].retain_grad()
+        return heard
 
     model.act = listening
     model(batch)["action"].backward()
-    near(heard["mean"].grad, (heard["mean"].detach() - batch["targets"]) / batch["targets"].numel(), 1e-8)
+    error = (heard[0].detach() - batch["targets"]) / heard[1].detach().exp()
+    near(heard[0].grad, error / error.numel(), 1e-8)
 
 
 @torch.no_grad()
