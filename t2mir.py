@@ -30,17 +30,14 @@ Equations (1) to (6) are numbered where they are computed. What this model does 
 import argparse
 import copy
 import dataclasses
-import datetime
 import json
 import math
 import os
 import pickle
-import re
 import sys
 import time
 from collections import defaultdict
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -50,25 +47,21 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from collect import BadInput, claim, collect, load, pick_device, require, write_atomically
 from envs import ENVS, make_vec
 
 # ---- Config ----------------------------------------------------------------------------------------------------------
-@dataclass
+@dataclasses.dataclass
 class Config:
     """Everything that a run depends on; each field is a flag. PRESETS has what differs by environment and backbone."""
-
     env: str = "point_robot"  # task family, or the name of a dataset of your own: data/ENV.npz
     mode: Literal["ad", "dpt"] = "dpt"  # backbone: Algorithm Distillation or Decision-Pretrained Transformer
-
     d_model: int = 64  # model: width of a token (d)
     n_layers: int = 3  # model: transformer blocks
     n_heads: int = 4  # model: attention heads
     dropout: float = 0.0  # model: dropout of the embeddings and of each sublayer's output
-
     moe_layers: str = "last"  # MoE: blocks with a T2MIR layer: last, all, or indices such as 0,2
     token_experts: int = 6  # MoE: experts of the token-wise MoE (K1 in the paper)
     task_experts: int = 8  # MoE: experts of the task-wise MoE (K2 in the paper)
@@ -79,22 +72,18 @@ class Config:
     w_load: float = 0.01  # MoE: weight of the load term of the balance loss
     w_con: float = 0.01  # MoE: weight of the InfoNCE loss
     momentum: float = 0.005  # MoE: fraction by which the key router follows the task router in each step
-
     context: int = 4  # context: episodes, with the running one in AD (K)
     stride: int = 1  # context: every n-th step of a finished episode is kept
     queries: int = 40  # context: queries trained on each DPT prompt (Q)
-
-    steps: int = 1_500  # training: steps
+    steps: int = 2_000  # training: steps
     batch: int = 32  # training: sequences in a batch of each process, two from each of batch / 2 tasks (B)
     lr: float = 3e-3  # training: peak learning rate of AdamW
     warmup: int = 100  # training: steps of linear warm-up, followed by a cosine to zero
     weight_decay: float = 1e-4  # training: weight decay of AdamW
     clip: float = 1.0  # training: largest norm of the gradient
-
     eval_every: int = 500  # evaluation: training steps between evaluations, each of which saves a checkpoint
     eval_episodes: int = 10  # evaluation: episodes in which an agent acts in each task
     val_tasks: int = 0  # evaluation: evaluate on this many training tasks, held out, instead of on the test tasks
-
     seed: int = 0  # system: random seed of the training; the dataset has its own
     device: str = "auto"  # system: cpu, cuda, mps, or auto: cuda if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # system: auto is bfloat16 on cuda, else float32
@@ -108,27 +97,19 @@ class Config:
         self.dtype = {"auto": "bfloat16" if "cuda" in self.device else "float32"}.get(self.dtype, self.dtype)
         least = dict(seed=0, warmup=0, val_tasks=0, top_k=2, batch=2)  # with top_k 1 the gate is 1 and has no gradient
         for f in dataclasses.fields(self):
-            low, value = least.get(f.name, 1 if f.type is int else 0), getattr(self, f.name)
-            fits = f.type not in (int, float) or low <= value < math.inf
-            require(fits, f"--{f.name} {value} must be finite and at least {low}")
+            low, high = least.get(f.name, 1 if f.type is int else 0), dict(dropout=0.99, momentum=1).get(f.name, 1e99)
+            fits = f.type not in (int, float) or low <= getattr(self, f.name) <= high
+            require(fits, f"--{f.name} {getattr(self, f.name)} must lie between {low} and {high:g}")
         require(self.mode in BACKBONES, f"--mode {self.mode} must be ad or dpt")
-        named = re.fullmatch(r"last|all|\d+(,\d+)*", self.moe_layers) and max(self.moe_blocks) < self.n_layers
-        require(named, f"--moe_layers {self.moe_layers} must be last, all, or indices of blocks such as 0,2")
+        blocks = {"last": [self.n_layers - 1], "all": range(self.n_layers)}.get(self.moe_layers)
+        self.moe_blocks = blocks or [int(i) for i in self.moe_layers.split(",") if i.isdecimal()] or [math.inf]
+        fits = max(self.moe_blocks) < self.n_layers
+        require(fits, f"--moe_layers {self.moe_layers} must be last, all, or indices of blocks such as 0,2")
         require(self.d_model % 16 == 0 == self.d_model % self.n_heads, "--d_model must divide by 16 and by --n_heads")
         require(self.batch % 2 == 0, f"--batch {self.batch} must be even: each task in it has two sequences")
         require(self.top_k < min(self.token_experts, self.task_experts), "--top_k must be below the numbers of experts")
-        require(self.dropout < 1, f"--dropout {self.dropout} must be below 1")
-
-    @property
-    def moe_blocks(self):
-        """Indices of the blocks that `moe_layers` names."""
-        named = {"last": [self.n_layers - 1], "all": range(self.n_layers)}
-        return named.get(self.moe_layers) or [int(i) for i in self.moe_layers.split(",")]
-
-    @property
-    def loss_weights(self):
-        """(6) The objective: the sum of these losses with these weights, L_action + L_balance + w_con L_InfoNCE."""
-        return {"action": 1.0, "importance": self.w_imp, "load": self.w_load, "contrastive": self.w_con}
+        # (6) The objective is the sum of these losses with these weights: L_action + L_balance + w_con L_InfoNCE.
+        self.loss_weights = dict(action=1.0, importance=self.w_imp, load=self.w_load, contrastive=self.w_con)
 
 # The sizes are those of a laptop. The paper's: d_model 128 (AD on MuJoCo 256), 8 heads (DPT on MuJoCo 4), stride 1,
 # batch 32 (AD on MuJoCo 24), dropout 0.05, learning rate 3e-4, 10,000 steps of warm-up in 100,000 steps.
@@ -147,7 +128,7 @@ def preset(env="point_robot", mode="dpt", **given):
     """The Config of `env` and `mode`, with the fields in `given` on top; other families have the base defaults."""
     return Config(**{"env": env, "mode": mode, **PRESETS.get((env, mode), {}), **given})
 
-# ---- Attention -------------------------------------------------------------------------------------------------------
+# ---- Attention, experts and routers ----------------------------------------------------------------------------------
 def attention_mask(length, prefix=None, past=0, device=None):
     """Which token sees which: a bool mask, True where the row's token sees the column's.
 
@@ -163,7 +144,6 @@ def attention_mask(length, prefix=None, past=0, device=None):
 
 class Attention(nn.Module):
     """Multi-head attention. The last tokens see what the rows of `mask` say, the tokens before them are causal."""
-
     def __init__(self, d_model, n_heads, index):
         super().__init__()
         self.n_heads, self.index = n_heads, index
@@ -183,7 +163,6 @@ class Attention(nn.Module):
             parts.append(F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=mask))
         return self.out(torch.cat(parts, dim=2).transpose(1, 2).reshape(B, L, D))
 
-# ---- Experts and routers ---------------------------------------------------------------------------------------------
 def multiply_by_expert(x, weights, ends):
     """Rows ends[i - 1] to ends[i] of x (N, d_in) times weights[i] (d_in, d_out), for all experts i: (N, d_out)."""
     on_cpu = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
@@ -192,11 +171,7 @@ def multiply_by_expert(x, weights, ends):
     return torch.cat([rows @ w for rows, w in zip(x.tensor_split(ends[:-1].tolist()), weights)])
 
 class Experts(nn.Module):
-    """`num` two-layer networks without biases; each token is computed by the experts chosen for it and no others.
-
-    The (token, choice) pairs are sorted by expert, so each expert multiplies one contiguous group of rows.
-    """
-
+    """`num` two-layer networks without biases; each token is computed by the experts chosen for it and no others."""
     def __init__(self, num, d_in, hidden, d_out):
         super().__init__()
         self.w1 = nn.Parameter(torch.empty(num, d_in, hidden).uniform_(-1, 1) * d_in**-0.5)
@@ -208,17 +183,15 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(device):  # autocast does not cover grouped_mm
             h = h.to(torch.get_autocast_dtype(device))
         h, gates, chosen = (x.flatten(0, -2) for x in (h, gates, chosen))  # (N, .)
-        expert, order = chosen.flatten().sort(stable=True)  # the N * k pairs, by expert
+        expert, order = chosen.flatten().sort(stable=True)  # the N * k pairs, so that each expert has contiguous rows
         token = order // chosen.shape[1]  # (N * k,)
         ends = torch.searchsorted(expert, torch.arange(len(self.w1), device=h.device), right=True).int()
         hidden = F.gelu(multiply_by_expert(h[token], self.w1.to(h.dtype), ends))
-        y = multiply_by_expert(hidden, self.w2.to(h.dtype), ends)  # (N * k, d_out)
-        y = y * gates.flatten()[order, None]
+        y = multiply_by_expert(hidden, self.w2.to(h.dtype), ends) * gates.flatten()[order, None]  # (N * k, d_out)
         return y.new_zeros(len(h), y.shape[1]).index_add(0, token, y).view(*shape, -1)
 
 class Routing(NamedTuple):
     """What a router decided for each row of its input."""
-
     logits: torch.Tensor  # (..., E) before noise
     gates: torch.Tensor  # (..., k) weights of the chosen experts, which sum to 1
     chosen: torch.Tensor  # (..., k) their indices; a choice whose gate is 0 is not used
@@ -226,12 +199,11 @@ class Routing(NamedTuple):
     load: torch.Tensor | None  # (..., E) P(expert is among the top k), while training with noise
 
 class MoE(nn.Module):
-    """A mixture of experts: a router, which chooses `top_k` experts for each token, and the experts.
+    """A router, which chooses `top_k` experts for each token, and the experts.
 
     A `noisy` router adds noise to its logits while training. A token then also tries experts that it would not choose,
     and the load becomes a probability, which has a gradient.
     """
-
     def __init__(self, d_model, hidden, d_out, num_experts, top_k, noisy):
         super().__init__()
         self.top_k = top_k
@@ -259,7 +231,6 @@ class MoE(nn.Module):
 
 class TokenMoE(MoE):
     """(1) Token-wise MoE: y_tok = sum_i w_tok(i; h) E_i(h) with w_tok = softmax(topk(G_tok(h))), routed by h itself."""
-
     def __init__(self, *sizes):
         super().__init__(*sizes, noisy=True)
 
@@ -269,7 +240,6 @@ class TaskMoE(MoE):
     The experts act on the token; only the choice among them is the task's. Its router needs no noise: there is no load
     to differentiate, and InfoNCE trains all of its logits whichever experts are chosen.
     """
-
     def __init__(self, *sizes, momentum=0.005):
         super().__init__(*sizes, noisy=False)
         self.momentum = momentum
@@ -289,19 +259,17 @@ class TaskMoE(MoE):
 def prefix_mean(h, prefix=None, past_sum=0.0, past=0):
     """Mean of the layer's inputs over the tokens that each token may attend to, itself included: (B, L, d_model).
 
-    The authors' release averages over the whole sequence in some configs. In AD this shows the router how the episode
-    goes on, which is not there when the agent acts: a score of 0.38 instead of 0.62 on HalfCheetah. DPT hardly suffers,
-    because its prompt is a finished episode. `prefix` and `past` are as in `attention_mask`; past_sum (B, d_model).
+    A mean over the whole sequence, as in some configs of the release, would show AD's router the rest of the episode,
+    which is not there when the agent acts: 0.38 instead of 0.62 on HalfCheetah. DPT hardly suffers, since its prompt is
+    finished. `prefix` and `past` are as in `attention_mask`, past_sum (B, d_model) is the sum over the past.
     """
-    h = h.float() if h.dtype == torch.bfloat16 else h
     Q = 0 if prefix is None else prefix.shape[1]
     prompt, queries = h.split([h.shape[1] - Q, Q], dim=1)
     sums = prompt.cumsum(1) + (past_sum[:, None] if past else 0.0)
     means = sums / (past + torch.arange(1, prompt.shape[1] + 1, device=h.device))[:, None]
     if Q == 0:
         return means
-    before = F.pad(sums, (0, 0, 1, 0))  # before[:, n] is the sum of the first n prompt tokens
-    before = before.gather(1, prefix[..., None].expand(-1, -1, h.shape[2]))  # (B, Q, d_model)
+    before = F.pad(sums, (0, 0, 1, 0)).gather(1, prefix[..., None].expand(-1, -1, h.shape[2]))  # sum of the prefix
     return torch.cat([means, (before + queries) / (prefix[..., None] + 1)], dim=1)
 
 # ---- Losses ----------------------------------------------------------------------------------------------------------
@@ -312,10 +280,9 @@ def cv_squared(x):
 def load_probability(clean, noisy, sigma, k):
     """P(expert i is among the top k if only its own noise were drawn again), (..., E) (Shazeer et al. 2017, app. A).
 
-    clean, noisy, sigma (..., E): logits without and with noise, and the noise's deviation. Expert i is among the top k
-    if it exceeds the k-th largest noisy logit of the others. Example: clean = noisy = (3, 2, 1), sigma 1 and k = 2. The
-    second largest logit of the others is (1, 1, 2), so the load is Phi(3 - 1), Phi(2 - 1), Phi(1 - 2) = 0.98, 0.84,
-    0.16. Counting the choices would give 1, 1, 0, which has no gradient.
+    clean, noisy, sigma (..., E): logits without and with noise, deviation of the noise. The threshold is the k-th
+    largest noisy logit of the others. Example: clean = noisy = (3, 2, 1), sigma 1, k = 2. The thresholds are (1, 1, 2),
+    the loads Phi(2), Phi(1), Phi(-1) = 0.98, 0.84, 0.16. Counting the choices gives 1, 1, 0, without a gradient.
     """
     top = noisy.topk(k + 1, dim=-1).values
     kth, next_best = top[..., k - 1 : k], top[..., k : k + 1]
@@ -335,17 +302,16 @@ def info_nce(z, k, W, task_ids):
     return (all_others - scores.masked_fill(~positive, -math.inf).logsumexp(1)).mean()
 
 def neg_log_prob(actions, mean, log_std):
-    """-log P of actions (..., act_dim) under a Gaussian policy, up to a constant: (..., act_dim), one per dimension.
+    """-log P of actions under a Gaussian policy, up to a constant, for each action dimension: (..., act_dim).
 
-    The targets of both backbones have no noise of their own, so the deviation is what the agent does not know: it
-    explores a new task, and stops when it knows the task.
+    The targets have no noise, so the deviation is what the agent does not know: it explores until it knows its task.
     """
     return ((actions - mean) * (-log_std).exp()).square() / 2 + log_std
 
 def experts_used(routing):
     """How many experts are really used: exp of the entropy of the mean usage, from 1 (collapse) to E (balance)."""
     share = routing.importance.detach().flatten(0, -2).mean(0)
-    return torch.exp(-torch.xlogy(share, share).sum())
+    return torch.special.entr(share).sum().exp()
 
 # ---- Layer, block and model ------------------------------------------------------------------------------------------
 class T2MIRLayer(nn.Module):
@@ -354,7 +320,6 @@ class T2MIRLayer(nn.Module):
     With top_k 2 a token meets 12 d^2 weights, as in a dense layer of width 6 d: with both MoEs four experts of
     (d -> 2 d -> d / 2), with one MoE two experts of (d -> 3 d -> d).
     """
-
     def __init__(self, c, index):
         super().__init__()
         self.index, d = index, c.d_model
@@ -376,7 +341,6 @@ class T2MIRLayer(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm transformer block: attention, then a T2MIR layer if `moe_layers` names the block, else a dense layer."""
-
     def __init__(self, c, index):
         super().__init__()
         d, named = c.d_model, index in c.moe_blocks
@@ -396,14 +360,9 @@ class Block(nn.Module):
         return x[:, select] + self.dropout(y), routed  # (5) the residual sum
 
 class T2MIR(nn.Module):
-    """The agent: a transformer over (state, action, reward) tokens that predicts actions, for both backbones.
-
-    `sizes` is a dict of obs_dim, act_dim, horizon and num_tasks; `state_mean` and `state_std` normalise the states.
-    """
-
-    def __init__(self, config, sizes):
+    """The agent: a transformer over (state, action, reward) tokens that predicts actions, for both backbones."""
+    def __init__(self, c, sizes):  # a Config, and a dict of obs_dim, act_dim, horizon and num_tasks
         super().__init__()
-        c = config
         self.config, self.sizes, self.horizon = c, sizes, sizes["horizon"]
         self.register_buffer("state_mean", torch.zeros(sizes["obs_dim"]))
         self.register_buffer("state_std", torch.ones(sizes["obs_dim"]))
@@ -430,25 +389,20 @@ class T2MIR(nn.Module):
         """Tokens x (B, L, D) -> the policy at the tokens x[:, select], and what was routed.
 
         The policy is a Gaussian: mean in [-1, 1] and log of the deviation, (B, l, act_dim) each. What was routed is a
-        list with a dict per T2MIR layer: `layer`, the Routings `token` and `task`, and `h_mean` (B, L, D). Only the
-        selected tokens predict actions, so the last block's experts compute no others.
+        list of dicts, one per T2MIR layer: `layer`, the Routings `token` and `task`, and `h_mean` (B, L, D).
         """
         past = 0 if cache is None else cache.length
         mask = None if prefix is None and past == 0 else attention_mask(x.shape[1], prefix, past, x.device)
         x, routed = self.dropout(x), []
         for i, block in enumerate(self.blocks):
-            last = i == len(self.blocks) - 1
+            last = i == len(self.blocks) - 1  # nothing reads its other tokens, so its experts need not compute them
             x, r = block(x, mask, prefix, cache, select if last else slice(None))
             routed += [] if r is None else [r]
         mean, log_std = self.head(self.norm(x)).chunk(2, dim=-1)
         return mean.tanh(), -3 * log_std.sigmoid(), routed  # deviations from 0.05 to 1
 
     def forward(self, batch):
-        """A batch of AD or DPT -> dict of losses (scalars), by the names of `Config.loss_weights`.
-
-        The routing losses, summed over the T2MIR layers, and the numbers of experts in use, which are only logged, are
-        there while training.
-        """
+        """A batch -> dict of losses (scalars) named as in `Config.loss_weights` and of numbers that are only logged."""
         mean, log_std, routed = BACKBONES[self.config.mode].predict(self, batch)  # (B, P, act_dim)
         # Weighted by the deviation, held constant: otherwise the mean learns most where the agent is sure already, and
         # weighted by the variance it learns as from squared errors (beta-NLL, Seitzer et al. 2022).
@@ -466,16 +420,15 @@ class T2MIR(nn.Module):
                 losses["task_experts"] += experts_used(r["task"]) / len(routed)
         return dict(losses)
 
-# ---- The cache with which an agent acts ------------------------------------------------------------------------------
+# ---- The cache, and the two backbones: how they draw a batch, what they predict, how they act ------------------------
 class Cache:
     """What past tokens leave behind in each block: keys, values, and the sum of the MoE's inputs.
 
-    No later token changes any of it, so acting with the cache equals the full forward pass. It holds up to `capacity`
-    tokens of each of `batch` sequences.
+    No later token changes any of it, so acting with the cache equals the full forward pass.
     """
-
-    def __init__(self, model, batch, capacity):
+    def __init__(self, model, batch):
         c, zeros = model.config, model.state_mean.new_zeros
+        capacity = 3 * (c.context * len(range(0, model.horizon, c.stride)) + model.horizon)  # tokens, at most
         self.kv = zeros(c.n_layers, 2, batch, c.n_heads, capacity, c.d_model // c.n_heads)
         self.sums, self.length = zeros(c.n_layers, batch, c.d_model), 0
 
@@ -498,22 +451,22 @@ class Cache:
         self.length, self.sums = (self.length + x.shape[1], self.sums) if keep else (self.length, sums)
         return mean[:, 0], log_std[:, 0].exp()
 
-    def fill(self, model, memory, choose):
-        """Replaces the past by episodes of `memory`, of which every `stride`-th step is kept, the best one last.
+    def fill(self, model, memory, keep, newest=False):
+        """Replaces the past by the best `keep` episodes of `memory`, the best one last; `newest` keeps the newest too.
 
-        An episode is (states, actions, rewards), each (N, T, ...); choose(returns (N, n)) -> places (N, m) in `memory`.
+        An episode is (states, actions, rewards), each (N, T, ...), of which every `stride`-th step is kept.
         """
-        self.length, self.sums = 0, torch.zeros_like(self.sums)
-        if memory:
-            returns = torch.stack([rewards.sum(1) for _, _, rewards in memory], dim=1)
-            places = choose(returns.clone())
-            places = places.gather(1, returns.gather(1, places).argsort(dim=1, stable=True))
+        self.length, self.sums, keep = 0, torch.zeros_like(self.sums), min(keep, len(memory))
+        if keep:
+            returns = torch.stack([rewards.sum(1) for _, _, rewards in memory], dim=1)  # (N, n)
+            bonus = returns.new_tensor([0.0] * (len(memory) - 1) + [math.inf if newest else 0.0])
+            places = (returns + bonus).topk(keep).indices
+            places = places.gather(1, returns.gather(1, places).argsort(dim=1, stable=True))  # (N, keep)
             row, stride = torch.arange(len(places), device=places.device)[:, None], model.config.stride
             parts = [torch.stack(part, dim=1)[row, places, ::stride].flatten(1, 2) for part in zip(*memory)]
-            times = torch.arange(0, model.horizon, stride, device=places.device).repeat(places.shape[1])
+            times = torch.arange(0, model.horizon, stride, device=places.device).repeat(keep)
             self.step(model, model.tokens(*parts, times))
 
-# ---- The two backbones: each says how it draws a batch, what it predicts, and how it acts ----------------------------
 def tensors(data, tasks, device):
     """The arrays of `tasks` (bool mask) as tensors on `device`, and places of episodes: `by_return`, `own`, `guests`.
 
@@ -525,34 +478,29 @@ def tensors(data, tasks, device):
     x["by_return"] = x["rewards"].sum(-1).argsort(dim=1, stable=True)  # (tasks, E), the best one last
     guest = torch.as_tensor(data.get("guest", np.zeros(x["rewards"].shape[1], bool)), device=device)
     later = torch.arange(len(guest), device=device) >= len(guest) // 2
-    labelled = later & guest if "learner_actions" in data else later & False
     x["own"] = (later & ~guest if (later & ~guest).any() else later).nonzero()[:, 0]
-    x["guests"] = labelled.nonzero()[:, 0] if labelled.any() else x["own"]
+    labelled = "learner_actions" in data and (later & guest).any()
+    x["guests"] = (later & guest).nonzero()[:, 0] if labelled else x["own"]
     return x
-
-def draw_tasks(x, size):
-    """`size` / 2 distinct tasks, two sequences each: one positive per anchor, and no negative of its own task."""
-    return torch.rand(len(x["rewards"]), device=x["rewards"].device).argsort()[: size // 2].repeat(2)
 
 class AD:
     """Algorithm Distillation (Laskin et al. 2023) imitates a learning agent and continues the improvement it sees.
 
-    The context is 0 to K - 1 finished episodes from the worse part of a learning history; what is predicted is a whole
-    episode of its later half. In half of these episodes a guest acts, and the target is what the learner would have
-    done in the guest's place: past actions and states of its own would give the learner's next action away, and
-    nothing would have to be inferred from the rewards.
+    The context is 0 to K - 1 finished episodes from the worse part of a learning history, and an episode of its later
+    half is predicted. In half of these a guest acts, and the target is what the learner would have done: its own past
+    actions would give the next one away, and nothing would have to be inferred from the rewards.
     """
-
     @staticmethod
     def batch(c, x, step, size, remembered=None):
-        """`size` sequences of the arrays x of `tensors`, as a dict: S context steps, of which the last T are predicted.
+        """`size` sequences of the arrays x of `tensors`: a dict of S context steps, of which the last T are predicted.
 
-        states, actions (B, S, .), rewards (B, S), times (S,), task_ids (B,), targets (B, T, act_dim); for `held_out`
-        the predictions' states `queries` (B, T, obs_dim), query_times (T,) and seen (B, T), their steps of context.
-        `remembered` has the arrays of the finished episodes, if not x.
+        states, actions (B, S, .), rewards (B, S), times (S,), task_ids (B,), targets (B, T, act_dim), and about the
+        predictions: queries (B, T, obs_dim), query_times (T,), and seen (B, T), their steps of context. `remembered`
+        has the arrays of the finished episodes, if these are not x.
         """
-        (_, E, T), device, remembered = x["rewards"].shape, x["rewards"].device, remembered or x
-        task, n = draw_tasks(x, size), step % c.context  # n finished episodes, in turn
+        (N, E, T), device, remembered = x["rewards"].shape, x["rewards"].device, remembered or x
+        task = torch.rand(N, device=device).argsort()[: size // 2].repeat(2)  # two sequences of each task
+        n = step % c.context  # finished episodes, in turn
         own, guest = (x[k][torch.randint(len(x[k]), (size, 1), device=device)] for k in ("own", "guests"))
         running = torch.where(torch.rand(size, 1, device=device) < 0.5, guest, own)  # (B, 1)
         # Finished episodes: n of the worst r, r uniform; others only if these are too few, the running one never.
@@ -575,19 +523,11 @@ class AD:
         return model.act(x, select=slice(x.shape[1] - 3 * model.horizon, None, 3))
 
     def __init__(self, model, num_tasks):
-        c, T = model.config, model.horizon
-        self.model = model
-        self.cache = Cache(model, num_tasks, 3 * ((c.context - 1) * len(range(0, T, c.stride)) + T))
+        self.model, self.cache = model, Cache(model, num_tasks)
 
     def begin_episode(self, memory):
         """Remembers K - 1 of the finished episodes in the list `memory`: the newest has replaced the worst."""
-        n = min(self.model.config.context - 1, len(memory))
-
-        def newest_and_best(returns):  # (N, len(memory)) -> (N, n)
-            returns[:, -1] = math.inf
-            return returns.topk(n).indices
-
-        self.cache.fill(self.model, memory if n else [], newest_and_best)
+        self.cache.fill(self.model, memory, self.model.config.context - 1, newest=True)
         self.waiting = None  # tokens of the last action and reward, which enter together with the next state
 
     def act(self, states, t):
@@ -602,27 +542,25 @@ class AD:
 class DPT:
     """Decision-Pretrained Transformer (Lee et al. 2023) predicts the expert's action in any state of the task.
 
-    In training the prompt is K episodes of any quality, and the queries are states of other episodes. A trained agent's
-    prompt is its best episodes so far (the last ones make it drift), at first the running one, and each state is a
-    query. Queries stand at the end, where the prompt cannot see them: one prompt serves them all.
+    The prompt is K episodes of any quality, the queries are states of other episodes. A trained agent's prompt is its
+    best episodes so far (its last ones make it drift), at first the running one, and each state is a query. Queries
+    stand at the end, where the prompt cannot see them: one prompt serves them all.
     """
-
     @staticmethod
     def batch(c, x, step, size, remembered=None):
-        """`size` sequences of the arrays x of `tensors`, as a dict: S prompt steps, and Q predictions.
+        """`size` sequences of the arrays x of `tensors`: a dict of S prompt steps and Q predictions.
 
-        states, actions (B, S, .), rewards (B, S), times (S,), task_ids (B,), queries (B, Q, obs_dim), query_times,
-        targets (B, Q, act_dim), and seen (B, Q), how many steps of the prompt each query sees. `remembered` has the
-        arrays of the prompt, if not x.
+        As for AD, but queries (B, Q, obs_dim) and targets (B, Q, act_dim); `seen` (B, Q) steps are drawn at random.
         """
-        (_, E, T), K, device, remembered = x["rewards"].shape, c.context, x["rewards"].device, remembered or x
-        task, kept = draw_tasks(x, size), torch.arange(0, T, c.stride, device=device)
+        (N, E, T), K, device, remembered = x["rewards"].shape, c.context, x["rewards"].device, remembered or x
+        task = torch.rand(N, device=device).argsort()[: size // 2].repeat(2)  # two sequences of each task
+        kept = torch.arange(0, T, c.stride, device=device)
         place = torch.randint(E, (size, K), device=device).sort(dim=1).values
         episode = remembered["by_return"][task[:, None], place]  # (B, K), the best one last
         at = task[:, None], episode.repeat_interleave(len(kept), dim=1), kept.repeat(K)
         batch = {k: remembered[k][at] for k in ("states", "actions", "rewards")}
-        sizes = E, T, K * len(kept) + 1
-        episode, time, seen = (torch.randint(n, (size, c.queries), device=device) for n in sizes)
+        limits, shape = (E, T, K * len(kept) + 1), (size, c.queries)
+        episode, time, seen = (torch.randint(limit, shape, device=device) for limit in limits)
         at = task[:, None], episode, time
         batch |= {"times": kept.repeat(K), "targets": x["expert_actions"][at], "task_ids": task}
         return batch | {"queries": x["states"][at], "query_times": torch.tensor(T, device=device), "seen": seen}
@@ -635,15 +573,12 @@ class DPT:
         return model.act(x, 3 * batch["seen"], select=slice(prompt.shape[1], None))
 
     def __init__(self, model, num_tasks):
-        c = model.config
-        self.model = model
-        self.cache = Cache(model, num_tasks, 3 * c.context * len(range(0, model.horizon, c.stride)) + 1)
+        self.model, self.cache = model, Cache(model, num_tasks)
 
     def begin_episode(self, memory):
         """Takes the best K of the finished episodes in the list `memory` as the prompt."""
+        self.cache.fill(self.model, memory, self.model.config.context)
         self.first = not memory
-        K = min(self.model.config.context, len(memory))
-        self.cache.fill(self.model, memory, lambda returns: returns.topk(K).indices)
 
     def act(self, states, t):
         """Mean and deviation (N, act_dim) of the action in states (N, obs_dim): queries, which the prompt forgets."""
@@ -656,14 +591,14 @@ class DPT:
             self.cache.step(self.model, tokens)
 
 BACKBONES = {"ad": AD, "dpt": DPT}
+CONTROLS = {"own": "own context", "hidden": "context hidden", "other": "context of another task"}
 
 # ---- Acting in context -----------------------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(model, tasks, episodes, seed=0, context="own"):
-    """Acts in `tasks` (N, task_dim), all together and without any weight update; returns (episodes, N).
+    """Acts in `tasks` (N, task_dim), all together, without any weight update; returns (episodes, N).
 
-    Two controls: with context "other" the remembered episodes are those of the task before, with "hidden" the context
-    is emptied before every action.
+    Controls: context "other" has the episodes of the task before, "hidden" is emptied before every action.
     """
     c, device, was_training = model.config, model.state_mean.device, model.training
     agent, memory = BACKBONES[c.mode](model.eval(), len(tasks)), []  # memory: the finished episodes
@@ -687,22 +622,21 @@ def evaluate(model, tasks, episodes, seed=0, context="own"):
 
 @torch.no_grad()
 def held_out_loss(model, x, context="own", batches=20):
-    """-log P of the actions in the arrays `x` of `tensors`, in evaluation mode and from a fixed random stream.
+    """For each of P predictions in the arrays `x`, the steps of context that it sees, (P,), and its -log P, (P,).
 
-    Returns the steps of context that each prediction sees, (P,), and the losses (P,). `context` as in `evaluate`.
+    The agent is in evaluation mode, the random stream is fixed, and `context` is as in `evaluate`.
     """
     c, was_training, seen, losses = model.config, model.training, [], []
     backbone, size = BACKBONES[c.mode], min(max(4, c.batch), 2 * len(x["rewards"]))
-    shift = 1 if context == "other" else 0
-    remembered = {key: x[key].roll(shift, 0) for key in ("states", "actions", "rewards", "by_return")}
+    keys = ("states", "actions", "rewards", "by_return")
+    remembered = {key: x[key].roll(int(context == "other"), 0) for key in keys}
     model.eval()
     for i in range(batches):
         torch.manual_seed(i)
         batch = backbone.batch(c, x, i, size, remembered)
         if context == "hidden":  # each state alone
             tokens = model.state_tokens(batch["queries"], batch["query_times"]).flatten(0, 1)[:, None]
-            mean, log_std, _ = model.act(tokens)
-            mean, log_std = (part.view_as(batch["targets"]) for part in (mean, log_std))
+            mean, log_std = (part.view_as(batch["targets"]) for part in model.act(tokens)[:2])
         else:
             mean, log_std, _ = backbone.predict(model, batch)
         seen.append(batch["seen"].flatten())
@@ -723,7 +657,7 @@ def measure(model, data, tasks, x):
         numbers |= {"return": float(returns.mean()), "score": float(np.nanmean(normalised(returns, data, tasks)))}
     return numbers
 
-# ---- Training --------------------------------------------------------------------------------------------------------
+# ---- Training and report ---------------------------------------------------------------------------------------------
 def open_dataset(c):
     """The dataset data/ENV.npz, collected if it is missing, and two masks (N,): tasks to train on, held-out tasks."""
     path = Path(c.data) / f"{c.env}.npz"
@@ -735,8 +669,7 @@ def open_dataset(c):
     if c.val_tasks:
         held_out = train & (np.cumsum(train[::-1])[::-1] <= c.val_tasks)  # the last ones of the training tasks
         train = train & ~held_out
-    fits = c.mode == "ad" or "expert_actions" in data
-    require(fits, f"{path} has no `expert_actions`, which DPT predicts: add them, or use --mode ad")
+    require(c.mode == "ad" or "expert_actions" in data, f"{path}: DPT needs `expert_actions`; --mode ad does without")
     require(c.context <= data["rewards"].shape[1], f"--context {c.context} is more than the episodes of a task")
     require(c.batch // 2 <= train.sum(), f"--batch {c.batch} needs {c.batch // 2} training tasks, not {train.sum()}")
     return data, train, held_out
@@ -757,10 +690,9 @@ def read_checkpoint(run, device="cpu"):
     """The checkpoint of a run's folder, or a checkpoint file itself, as a dict."""
     path = Path(run) if Path(run).suffix == ".pt" else Path(run) / "ckpt.pt"
     require(path.exists(), f"{path} is missing: name the folder of a run that has saved a checkpoint")
-    try:
+    saved = {}
+    with suppress(RuntimeError, OSError, EOFError, pickle.UnpicklingError):
         saved = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError):
-        saved = {}
     fits = "fingerprint" in saved and saved["config"].keys() == {f.name for f in dataclasses.fields(Config)}
     require(fits, f"{path} is damaged, or not a checkpoint of this code")
     return saved
@@ -772,21 +704,15 @@ def load_agent(run, device="cpu"):
     model.load_state_dict(saved["model"])
     return model.eval()
 
-def learning_rate(step, c):
-    """Linear warm-up to c.lr, then a cosine to zero at c.steps."""
-    progress = (step - c.warmup) / max(1, c.steps - c.warmup)
-    return c.lr * ((step + 1) / c.warmup if step < c.warmup else 0.5 * (1 + math.cos(math.pi * progress)))
-
 def train(c):
     """Trains, evaluates, and returns the run's folder: config.json, log.csv, ckpt.pt, result.npz and incontext.png.
 
-    Raises BadInput if the dataset does not fit or the folder is taken, FloatingPointError on a non-finite loss.
+    Raises BadInput if the dataset does not fit, the folder is taken, or the loss becomes non-finite.
     """
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     if processes > 1 and not dist.is_initialized():
-        cuda, patience = c.device.startswith("cuda"), datetime.timedelta(hours=2)  # others wait while one evaluates
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
-        if cuda:
+        dist.init_process_group("nccl" if "cuda" in c.device else "gloo")
+        if "cuda" in c.device:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     folder = Path(c.resume).resolve() if c.resume else Path(c.runs) / (c.name or f"{c.env}-{c.mode}-seed{c.seed}")
     with claim(folder) if rank == 0 else nullcontext():  # only the first process writes and evaluates
@@ -809,7 +735,7 @@ def train(c):
             state |= {"step": saved["step"], "log": saved["log"]}
         if rank == 0:
             write_atomically(folder / "config.json", lambda file: file.write(json.dumps(config, indent=1).encode()))
-        learner = DistributedDataParallel(model) if processes > 1 else model
+        learner = nn.parallel.DistributedDataParallel(model) if processes > 1 else model
         fit(model, learner, optimizer, x, state, folder, rank, lambda: measure(model, data, held_out, x_held))
         if rank == 0:
             report(folder, model, data, held_out, x_held)
@@ -820,14 +746,15 @@ def fit(model, learner, optimizer, x, state, folder, rank, evaluation):
     c, first, log = model.config, state["step"], state["log"]
     task_moes = [b.moe.task_moe for b in model.blocks if b.moe is not None and b.moe.task_moe is not None]
     sums, started, before = defaultdict(float), time.perf_counter(), log[-1]["seconds"] if log else 0
-    progress = tqdm(range(first, c.steps), folder.name, c.steps, initial=first, disable=True if rank else None)
+    bar = tqdm(range(first, c.steps), folder.name, c.steps, initial=first, disable=True if rank else None)
     model.train()
-    for step in progress:
+    for step in bar:
         # All random numbers of a step follow from seed, step and process, so a resumed run is exact.
         torch.manual_seed(int(np.random.SeedSequence([c.seed, step, rank]).generate_state(1)[0]))
         batch = BACKBONES[c.mode].batch(c, x, step, c.batch)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, c)
+        falling = 0.5 * (1 + math.cos(math.pi * (step - c.warmup) / max(1, c.steps - c.warmup)))
+        for group in optimizer.param_groups:  # linear warm-up, then a cosine to zero
+            group["lr"] = c.lr * ((step + 1) / c.warmup if step < c.warmup else falling)
         with torch.autocast(torch.device(c.device).type, torch.bfloat16, enabled=c.dtype == "bfloat16"):
             losses = learner(batch)
         losses["loss"] = sum(w * losses[name] for name, w in c.loss_weights.items() if name in losses)  # (6)
@@ -844,9 +771,8 @@ def fit(model, learner, optimizer, x, state, folder, rank, evaluation):
         if not evaluating and done % 50:  # on a GPU each look at the loss waits for the device
             continue
         means = {name: float(total) / (step - (log[-1]["step"] if log else 0) + 1) for name, total in sums.items()}
-        if not math.isfinite(means["loss"]):
-            raise FloatingPointError(f"the loss became non-finite before step {done}: try a smaller --lr")
-        progress.set_postfix_str(f"loss {means['loss']:.4f}")
+        require(math.isfinite(means["loss"]), f"the loss became non-finite before step {done}: try a smaller --lr")
+        bar.set_postfix_str(f"loss {means['loss']:.4f}")
         if evaluating:
             numbers = means | (evaluation() if rank == 0 else {})
             seconds = time.perf_counter() - started
@@ -859,10 +785,7 @@ def fit(model, learner, optimizer, x, state, folder, rank, evaluation):
             write_atomically(folder / "log.csv", lambda file: file.write(text.encode() + b"\n"))
             write_atomically(folder / "ckpt.pt", lambda file: torch.save(state, file))
             said = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
-            progress.write(f"step {done}/{c.steps}: {said}; {seconds / (done - first) * (c.steps - done):.0f} s left")
-
-# ---- Report ----------------------------------------------------------------------------------------------------------
-CONTROLS = {"own": "own context", "hidden": "context hidden", "other": "context of another task"}
+            bar.write(f"step {done}/{c.steps}: {said}; {seconds / (done - first) * (c.steps - done):.0f} s left")
 
 def report(folder, model, data, tasks, x):
     """Compares the agent's own context with the two controls: prints a table, writes result.npz and incontext.png.
@@ -870,7 +793,7 @@ def report(folder, model, data, tasks, x):
     With a simulator: returns by episode in context and held-out task. Without one: held-out loss by steps of context.
     """
     c, more = model.config, {}
-    contexts = list(CONTROLS)[: 3 if tasks.sum() > 1 else 2]  # with one task there is no other
+    contexts = list(CONTROLS)[: 1 + min(2, tasks.sum())]  # with one task there is no other
     if data["simulator"]:
         result = {k: evaluate(model, data["tasks"][tasks], c.eval_episodes, seed=1, context=k) for k in contexts}
         amount, labels = np.arange(1, c.eval_episodes + 1), ("episode in context", "return in held-out tasks")
@@ -882,15 +805,12 @@ def report(folder, model, data, tasks, x):
         groups = [part == i for i in np.unique(part)]
         result = {k: np.array([[loss[group].mean()] for group in groups]) for k, (_, loss) in losses.items()}
         amount = np.array([seen[group].mean() for group in groups])
-    arrays = {"amount": amount, **result, **more}
-    write_atomically(folder / "result.npz", lambda file: np.savez(file, **arrays))
-
-    from matplotlib.figure import Figure
-
-    fig = Figure(figsize=(5, 3.4))
+    write_atomically(folder / "result.npz", lambda file: np.savez(file, amount=amount, **result, **more))
+    from matplotlib.figure import Figure  # here, because it is slow to import
+    fig = Figure(figsize=(5, 3.4), layout="tight")
     ax = fig.subplots()
-    print("mean score: 0 is a random agent, 1 the expert" if more else labels[1])
-    print(f"{labels[0] + ':':25}" + "".join(f"{n:7.0f}" for n in amount))
+    title = "mean score: 0 is a random agent, 1 the expert" if more else labels[1]
+    print(f"{title}\n{labels[0] + ':':25}" + "".join(f"{n:7.0f}" for n in amount))
     for (context, y), color in zip(result.items(), ("C0", "C7", "C3")):  # (amounts, tasks)
         row = np.nanmean(normalised(y, data, tasks), axis=1) if more else y[:, 0]
         print(f"{CONTROLS[context] + ':':25}" + "".join(f"{value:7.3f}" for value in row))
@@ -901,7 +821,6 @@ def report(folder, model, data, tasks, x):
         ax.axhline(more[key].mean(), color="k", ls=style, lw=1, label=key.split("_")[0])
     ax.set(xlabel=labels[0], ylabel=labels[1], title=folder.name)
     ax.legend(fontsize=7)
-    fig.tight_layout()
     write_atomically(folder / "incontext.png", lambda file: fig.savefig(file, dpi=150, format="png"))
     print(f"picture: {folder / 'incontext.png'}")
 
@@ -925,7 +844,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (BadInput, OSError, FloatingPointError) as error:
+    except (BadInput, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted: continue from the last checkpoint with --resume and the run's folder")
