@@ -15,7 +15,6 @@ The file holds N tasks with E stored episodes of T steps each (float32 unless an
     tasks            (N, task_dim)        float64, one row per task, see envs.py
     random_return    (N,) float64         mean return of uniformly random actions: a score of 0
     expert_return    (N,) float64         mean return of the trained agent without noise: a score of 1
-    curve            (N, rounds)          return of each agent's first copy in each round
     info             str                  JSON: the settings and the library versions
 
 The first four arrays are enough for AD, `expert_actions` as well for DPT: any robot's data in this form will do. The
@@ -31,15 +30,11 @@ import json
 import os
 import sys
 import time
-import zipfile
-import zlib
 from contextlib import contextmanager
-from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-import gymnasium
-import mujoco
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -58,10 +53,8 @@ if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
     libc.mallopt(-1, 2**31 - 1), libc.mallopt(-3, 2**25)
 
 # ---- Files: written atomically, used by one process at a time, checked when they are read ----------------------------
-
 class BadInput(ValueError):
     """Input that cannot work. The message is one line that says what is wrong and what to do."""
-
 def require(condition, message):
     """Raises BadInput with `message` unless `condition` holds."""
     if not condition:
@@ -103,8 +96,8 @@ def load(path):
             with np.load(file, allow_pickle=False) as arrays:
                 data = {name: arrays[name] for name in arrays.files}
     except FileNotFoundError:
-        raise BadInput(f"{path} is missing: collect.py begins with the list of the arrays that it should hold") from None
-    except (zipfile.BadZipFile, zlib.error, AttributeError, TypeError, ValueError, EOFError, OSError) as error:
+        raise BadInput(f"{path} is missing: collect.py begins with the list of arrays that it should hold") from None
+    except Exception as error:  # a damaged file can raise almost anything
         raise BadInput(f"{path} is damaged or not a dataset ({str(error).splitlines()[0]})") from None
     for name in ("states", "actions", "rewards", "test"):
         require(name in data, f"{path} has no array `{name}`: collect.py begins with the list of arrays")
@@ -128,11 +121,9 @@ def load(path):
     return {**data, "fingerprint": fingerprint, "simulator": simulator}
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
-
-@dataclass
+@dataclasses.dataclass
 class Settings:
     """What a collection depends on. PRESETS has what differs by environment."""
-
     env: str = "point_robot"  # task family: a name in ENVS
     steps: int = 3_300  # environment steps of each copy; after the random steps, one update per step
     copies: int = 4  # copies of its environment in which each agent acts
@@ -167,12 +158,11 @@ class Settings:
             value, high = getattr(self, f.name), high.get(f.name, 1e99)
             fits = f.type not in (int, float) or low <= value <= high
             require(fits, f"--{f.name} {value} must lie between {low:g} and {high:g}")
-        T = ENVS[self.env].horizon
-        learns = self.steps // T * T > self.random_steps
+        learns = self.steps - self.steps % ENVS[self.env].horizon > self.random_steps
         require(learns, f"--steps {self.steps} leaves nothing to learn after --random_steps {self.random_steps}")
 
-# How the MuJoCo recipes were found: experiments/RESULTS.md, "Collection". Point-Robot acts randomly for the first third
-# of its run, because an in-context agent also moves randomly when it meets a new task.
+# How these recipes were found: experiments/RESULTS.md. Point-Robot acts randomly for the first quarter of its run,
+# because an in-context agent also moves randomly when it meets a new task.
 MUJOCO = dict(hidden=128, batch=128, gamma=0.98, tau=0.05, random_steps=400, episodes=80, history=1.0)
 MUJOCO |= dict(train_tasks=45, test_tasks=15)
 PRESETS = {
@@ -190,14 +180,11 @@ def pick_device(name):
     return name
 
 # ---- Soft actor-critic for many agents at once -----------------------------------------------------------------------
-
 class BatchedMLP(nn.Module):
     """`num` independent multi-layer perceptrons at once: (num, B, sizes[0]) -> (num, B, sizes[-1]) float32.
 
-    `norm` puts a layer norm without parameters before each ReLU, which bounds a critic's values of untried actions. The
-    hidden layers multiply in `dtype`, the last one adds up in float32.
+    `norm`, a layer norm before each ReLU, bounds a critic's values of untried actions. Hidden layers use `dtype`.
     """
-
     def __init__(self, num, sizes, norm=False, dtype=torch.float32):
         super().__init__()
         self.norm, self.dtype = norm, dtype
@@ -222,7 +209,6 @@ class BatchedSAC(nn.Module):
     details let it learn in few updates: its networks see normalised states, and its critics predict (1 - gamma) times
     the usual return, which has the size of one reward whatever gamma is.
     """
-
     def __init__(self, num, obs_dim, act_dim, s):
         super().__init__()
         self.num, self.s = num, s
@@ -267,8 +253,7 @@ class BatchedSAC(nn.Module):
         """One step of the critics, their targets and, if `policy`, the actors on a batch (num, B, ...).
 
         `next_states` lie n steps after `states`, `rewards` (num, B) are the discounted sums over these steps and
-        `discounts` (num, B) gamma^n. `noise` (2, num, B, act_dim) is standard normal. Only the clock ends an episode,
-        so the value of the next state always counts.
+        `discounts` (num, B) gamma^n. `noise` (2, num, B, act_dim) is standard normal. Only the clock ends an episode.
         """
         gamma, entropy_weight = self.s.gamma, (1 - self.s.gamma) * self.s.temperature
         with torch.no_grad():
@@ -309,15 +294,13 @@ def average_return(name, tasks, agents, copies, seed, device):
     return returns.reshape(len(tasks), copies).mean(1)
 
 # ---- Collection ------------------------------------------------------------------------------------------------------
-
 class Collection:
-    """All agents of one family, their environments and their histories.
+    """All agents of one family, their environments and their histories, which are also their replay buffers.
 
     Time is cut into rounds; in each round every copy runs one episode of T steps. `states` (num, episodes, T + 1,
     obs_dim), `actions` and `learner_actions` (num, episodes, T, act_dim) and `rewards` (num, episodes, T) hold episode
-    round * copies + copy. They are the replay buffer, and the dataset is a selection of their episodes.
+    round * copies + copy.
     """
-
     def __init__(self, s, num):
         family, self.s, self.num = ENVS[s.env], s, num
         self.T, self.device = family.horizon, torch.device(s.device)
@@ -400,8 +383,7 @@ class Collection:
 
     def identity(self):
         """The settings that decide how a collection goes: only one with the same settings may continue it."""
-        free = ("episodes", "history", "device", "out")
-        return {k: v for k, v in dataclasses.asdict(self.s).items() if k not in free}
+        return dataclasses.asdict(dataclasses.replace(self.s, episodes=1, history=1.0, device="cpu", out=""))
 
     def save(self, path):
         optimizers = [self.agents.actor_opt.state_dict(), self.agents.critic_opt.state_dict()]
@@ -426,7 +408,7 @@ def collect(name, **settings):
     """Trains one SAC agent per task of family `name` and writes the dataset; returns its path.
 
     `settings` are fields of Settings. An interrupted collection continues from its last save. Raises BadInput if the
-    settings make no sense, if the dataset exists, if another process collects it, and if a return is non-finite.
+    settings make no sense, the dataset exists, another process collects it, or a return is non-finite.
     """
     s = Settings(**{"env": name, **PRESETS.get(name, {}), **settings})
     path, part = Path(s.out) / f"{name}.npz", Path(s.out) / f"{name}.part"
@@ -454,7 +436,7 @@ def collect(name, **settings):
         write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
         part.unlink(missing_ok=True)
     random, expert = arrays["random_return"], arrays["expert_return"]
-    print(f"{path}: mean return random {random.mean():.2f}, experts {expert.mean():.2f}, worst expert {expert.min():.2f}")
+    print(f"{path}: mean return random {random.mean():.2f}, experts {expert.mean():.2f}, worst {expert.min():.2f}")
     if (expert <= random).any():
         print(f"experts no better than random, whose scores will be left out: tasks {np.flatnonzero(expert <= random)}")
     return path
@@ -470,12 +452,12 @@ def select(run):
         states = run.states[:, stored, : run.T].flatten(1, 2)
         arrays["expert_actions"] = run.agents.act(states)[0].cpu().numpy().reshape(arrays["actions"].shape)
     guest = (stored % s.copies == s.copies - 1) & (s.copies > 1) & ((stored // s.copies + 1) * run.T > s.random_steps)
-    versions = {m.__name__: m.__version__ for m in (torch, np, gymnasium, mujoco)}
+    versions = {name: version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
     info = json.dumps({"settings": dataclasses.asdict(s), "versions": versions})
     arrays |= dict(tasks=run.tasks, test=np.arange(run.num) >= s.train_tasks, guest=guest, info=info)
     for kind, agents in (("random", None), ("expert", run.agents)):
         arrays[f"{kind}_return"] = average_return(s.env, run.tasks, agents, 20, s.seed + 1, run.device)
-    return arrays | dict(curve=run.rewards[:, :: s.copies].sum(-1).cpu().numpy())
+    return arrays
 
 def main():
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

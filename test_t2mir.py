@@ -362,7 +362,7 @@ def test_dataset_holds_what_it_says(name, folder):
         "actions": ((N, E, T, a), f4), "learner_actions": ((N, E, T, a), f4), "rewards": ((N, E, T), f4),
         "expert_actions": ((N, E, T, a), f4),
         "guest": ((E,), np.bool_),
-        "random_return": ((N,), f8), "expert_return": ((N,), f8), "curve": ((N, 10 if train == 5 else 2), f4),
+        "random_return": ((N,), f8), "expert_return": ((N,), f8),
     }  # fmt: skip
     info, fingerprint = json.loads(str(data.pop("info"))), data.pop("fingerprint")
     assert data.pop("simulator") is True
