@@ -7,6 +7,7 @@ the first round warms up. The floor is what a training step of the baseline spen
 the machine reaches on one large product. T2MIR's active parameters, and so its floor, are the same.
 """
 
+import dataclasses
 import statistics
 import sys
 import time
@@ -88,7 +89,7 @@ def bench(c):
     x = t2mir.tensors(data, everything, c.device)
     for name, moe in (("T2MIR", True), ("dense", False)):
         torch.manual_seed(0)
-        model = t2mir.new_model(t2mir.Config(**vars(c) | {"token_moe": moe, "task_moe": moe}), data, everything)
+        model = t2mir.new_model(dataclasses.replace(c, token_moe=moe, task_moe=moe), data, everything)
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, c.lr, weight_decay=c.weight_decay, fused=c.device != "mps")
         agents[name] = model, optimizer, t2mir.BACKBONES[c.mode](model, TASKS)
@@ -106,7 +107,7 @@ def bench(c):
 
     @torch.no_grad()
     def act(agent, t):
-        actions = agent.act(memory[0][0][:, t], t)
+        actions, _ = agent.act(memory[0][0][:, t], t)
         agent.observe(memory[0][0][:, t], actions, memory[0][2][:, t], t)
 
     for _ in range(ROUNDS):

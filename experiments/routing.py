@@ -37,9 +37,9 @@ def route(model, x):
     tokens = model.tokens(states, actions, rewards, torch.arange(0, model.horizon, stride))
     if model.config.mode == "dpt":
         prefix = torch.full(rewards.shape, tokens.shape[1])
-        _, routed = model.act(torch.cat([tokens, model.state_tokens(states, model.horizon)], dim=1), prefix)
+        *_, routed = model.act(torch.cat([tokens, model.state_tokens(states, model.horizon)], dim=1), prefix)
     else:
-        _, routed = model.act(tokens)
+        *_, routed = model.act(tokens)
     return routed[-1]["token"], routed[-1]["task"]
 
 
