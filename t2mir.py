@@ -17,10 +17,10 @@ Equations (1) to (6) are numbered where they are computed. What this model does 
 
     DPT: K episodes as the prompt, which is causal and sees no query, then Q queries in parallel.
 
-        s a r s a r s a r s a r | q1 q2 q3
-        -----------               ^               q1 sees two steps of the prompt and itself; L_action: each query
-        -----------------------      ^            q2 sees the whole prompt and itself         predicts the expert's
-                                        ^         q3 sees itself only                         action in its state
+        s a r s a r s a r s a r | q1 q2 q3      L_action: each query predicts the expert's action in its state
+        -----------               ^             q1 sees two steps of the prompt and itself
+        -----------------------      ^          q2 sees the whole prompt and itself
+                                        ^       q3 sees itself only
 
     B sequences in a batch             K episodes in a context (config.context)     D, d  d_model, width of a token
     L tokens in a sequence             S steps in a context, three tokens each      E     experts, of which k (top_k)
@@ -63,8 +63,8 @@ class Config:
     n_heads: int = 4  # model: attention heads
     dropout: float = 0.0  # model: dropout of the embeddings and of each sublayer's output
     moe_layers: str = "last"  # MoE: blocks with a T2MIR layer: last, all, or indices such as 0,2
-    token_experts: int = 6  # MoE: experts of the token-wise MoE (K1 in the paper)
-    task_experts: int = 8  # MoE: experts of the task-wise MoE (K2 in the paper)
+    token_experts: int = 6  # MoE: experts of the token-wise MoE (the paper's K1)
+    task_experts: int = 8  # MoE: experts of the task-wise MoE (the paper's K2)
     top_k: int = 2  # MoE: experts that compute a token, in each MoE
     token_moe: bool = True  # MoE: the token-wise MoE; with neither MoE the agent is plain AD or DPT
     task_moe: bool = True  # MoE: the task-wise MoE; a MoE that stands alone takes the full width
@@ -102,7 +102,7 @@ class Config:
             require(fits, f"--{f.name} {getattr(self, f.name)} must lie between {low} and {high:g}")
         require(self.mode in BACKBONES, f"--mode {self.mode} must be ad or dpt")
         blocks = {"last": [self.n_layers - 1], "all": range(self.n_layers)}.get(self.moe_layers)
-        self.moe_blocks = blocks or [int(i) for i in self.moe_layers.split(",") if i.isdecimal()] or [math.inf]
+        self.moe_blocks = blocks or [int(i) if i.isdecimal() else math.inf for i in self.moe_layers.split(",")]
         fits = max(self.moe_blocks) < self.n_layers
         require(fits, f"--moe_layers {self.moe_layers} must be last, all, or indices of blocks such as 0,2")
         require(self.d_model % 16 == 0 == self.d_model % self.n_heads, "--d_model must divide by 16 and by --n_heads")
@@ -157,7 +157,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.index, k, v)  # (B, heads, past + L, D / heads)
         n, parts = L - (0 if mask is None else mask.shape[-2]), []
-        if n > 0:  # told that it is causal, the kernel skips half of the work; a mask does not tell it so
+        if n > 0:  # is_causal lets the kernel skip half of the work, a mask does not
             parts.append(F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], is_causal=True))
         if n < L:
             parts.append(F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=mask))
@@ -194,7 +194,7 @@ class Routing(NamedTuple):
     """What a router decided for each row of its input."""
     logits: torch.Tensor  # (..., E) before noise
     gates: torch.Tensor  # (..., k) weights of the chosen experts, which sum to 1
-    chosen: torch.Tensor  # (..., k) their indices; a choice whose gate is 0 is not used
+    chosen: torch.Tensor  # (..., k) their indices
     importance: torch.Tensor  # (..., E) the gates, each in the place of its expert
     load: torch.Tensor | None  # (..., E) P(expert is among the top k), while training with noise
 
@@ -259,9 +259,9 @@ class TaskMoE(MoE):
 def prefix_mean(h, prefix=None, past_sum=0.0, past=0):
     """Mean of the layer's inputs over the tokens that each token may attend to, itself included: (B, L, d_model).
 
-    A mean over the whole sequence, as in some configs of the release, would show AD's router the rest of the episode,
-    which is not there when the agent acts: 0.38 instead of 0.62 on HalfCheetah. DPT hardly suffers, since its prompt is
-    finished. `prefix` and `past` are as in `attention_mask`, past_sum (B, d_model) is the sum over the past.
+    A mean over the whole sequence, as in some of the authors' configs, would show AD's router the rest of the episode,
+    which is not there when the agent acts: a score of 0.38, not 0.62, on HalfCheetah. DPT hardly suffers, since its
+    prompt is finished. `prefix` and `past` are as in `attention_mask`, past_sum (B, d_model) is the sum over the past.
     """
     Q = 0 if prefix is None else prefix.shape[1]
     prompt, queries = h.split([h.shape[1] - Q, Q], dim=1)
@@ -292,7 +292,7 @@ def load_probability(clean, noisy, sigma, k):
 def info_nce(z, k, W, task_ids):
     """(4) InfoNCE: mean over i of -log [sum_pos exp(z_i W k_p) / (sum_pos exp(z_i W k_p) + sum_neg exp(z_i W k_n))].
 
-    z (B, E) router outputs, k (B, E) those of the momentum router, W (E, E), task_ids (B,) int. Positives are the other
+    z (B, E) router outputs, k (B, E) those of the key router, W (E, E), task_ids (B,) int. Positives are the other
     sequences of i's task (one, with two sequences per task), negatives the B - 2 of other tasks; i itself is neither.
     """
     scores = z @ W @ k.T  # (B, B)
@@ -304,12 +304,12 @@ def info_nce(z, k, W, task_ids):
 def neg_log_prob(actions, mean, log_std):
     """-log P of actions under a Gaussian policy, up to a constant, for each action dimension: (..., act_dim).
 
-    The targets have no noise, so the deviation is what the agent does not know: it explores until it knows its task.
+    Targets without noise make the deviation what the agent does not know: it explores until it knows its task.
     """
     return ((actions - mean) * (-log_std).exp()).square() / 2 + log_std
 
 def experts_used(routing):
-    """How many experts are really used: exp of the entropy of the mean usage, from 1 (collapse) to E (balance)."""
+    """Experts that the router uses over all tokens: exp of the entropy of mean gates, 1 (collapse) to E (balance)."""
     share = routing.importance.detach().flatten(0, -2).mean(0)
     return torch.special.entr(share).sum().exp()
 
@@ -395,7 +395,7 @@ class T2MIR(nn.Module):
         mask = None if prefix is None and past == 0 else attention_mask(x.shape[1], prefix, past, x.device)
         x, routed = self.dropout(x), []
         for i, block in enumerate(self.blocks):
-            last = i == len(self.blocks) - 1  # nothing reads its other tokens, so its experts need not compute them
+            last = i == len(self.blocks) - 1  # only its selected tokens are read, so its experts skip the rest
             x, r = block(x, mask, prefix, cache, select if last else slice(None))
             routed += [] if r is None else [r]
         mean, log_std = self.head(self.norm(x)).chunk(2, dim=-1)
@@ -403,9 +403,9 @@ class T2MIR(nn.Module):
 
     def forward(self, batch):
         """A batch -> dict of losses (scalars) named as in `Config.loss_weights` and of numbers that are only logged."""
-        mean, log_std, routed = BACKBONES[self.config.mode].predict(self, batch)  # (B, P, act_dim)
-        # Weighted by the deviation, held constant: otherwise the mean learns most where the agent is sure already, and
-        # weighted by the variance it learns as from squared errors (beta-NLL, Seitzer et al. 2022).
+        mean, log_std, routed = BACKBONES[self.config.mode].predict(self, batch)  # (B, ., act_dim)
+        # The weight is the deviation, held constant. Without it the mean learns most where the agent is sure already;
+        # with the variance it would learn as from squared errors. This lies between (beta-NLL, Seitzer et al. 2022).
         weight = log_std.detach().exp()
         losses = defaultdict(float, action=(weight * neg_log_prob(batch["targets"], mean, log_std)).mean())
         end = 3 * batch["states"].shape[1] - 1  # the last token of the context
@@ -422,7 +422,7 @@ class T2MIR(nn.Module):
 
 # ---- The cache, and the two backbones: how they draw a batch, what they predict, how they act ------------------------
 class Cache:
-    """What past tokens leave behind in each block: keys, values, and the sum of the MoE's inputs.
+    """What past tokens leave behind in each block: keys, values, and the sum of the task-wise MoE's inputs.
 
     No later token changes any of it, so acting with the cache equals the full forward pass.
     """
@@ -445,7 +445,7 @@ class Cache:
         return mean
 
     def step(self, model, x, keep=True):
-        """Mean and deviation (B, act_dim) of the policy at the last of the tokens x (B, L, D); `keep` keeps x."""
+        """Mean and deviation (B, act_dim) of the policy at the last token of x (B, L, D); `keep` stores x."""
         sums = self.sums.clone()
         mean, log_std, _ = model.act(x, cache=self, select=slice(-1, None))
         self.length, self.sums = (self.length + x.shape[1], self.sums) if keep else (self.length, sums)
@@ -468,7 +468,7 @@ class Cache:
             self.step(model, model.tokens(*parts, times))
 
 def tensors(data, tasks, device):
-    """The arrays of `tasks` (bool mask) as tensors on `device`, and places of episodes: `by_return`, `own`, `guests`.
+    """The arrays of `tasks` (bool mask) as tensors on `device`, and indices of episodes: `by_return`, `own`, `guests`.
 
     AD's targets are what the learner would have done without noise, or else the actions taken; DPT's are the expert's.
     """
@@ -487,8 +487,8 @@ class AD:
     """Algorithm Distillation (Laskin et al. 2023) imitates a learning agent and continues the improvement it sees.
 
     The context is 0 to K - 1 finished episodes from the worse part of a learning history, and an episode of its later
-    half is predicted. In half of these a guest acts, and the target is what the learner would have done: its own past
-    actions would give the next one away, and nothing would have to be inferred from the rewards.
+    half is predicted. Half of these are a guest agent's, and the target is what the learner would have done: its own
+    past actions would give the next one away, and nothing would have to be inferred from the rewards.
     """
     @staticmethod
     def batch(c, x, step, size, remembered=None):
@@ -503,7 +503,7 @@ class AD:
         n = step % c.context  # finished episodes, in turn
         own, guest = (x[k][torch.randint(len(x[k]), (size, 1), device=device)] for k in ("own", "guests"))
         running = torch.where(torch.rand(size, 1, device=device) < 0.5, guest, own)  # (B, 1)
-        # Finished episodes: n of the worst r, r uniform; others only if these are too few, the running one never.
+        # Finished episodes: n of the r worst (r uniform), then others if r < n; never the running one.
         last = torch.arange(E, device=device) >= torch.rand(size, 1, device=device) * E  # (B, E), by return
         score = torch.rand(size, E, device=device) + last + 2 * (x["by_return"][task] == running)
         place = score.topk(n, largest=False).indices.sort(dim=1).values
@@ -526,7 +526,7 @@ class AD:
         self.model, self.cache = model, Cache(model, num_tasks)
 
     def begin_episode(self, memory):
-        """Remembers K - 1 of the finished episodes in the list `memory`: the newest has replaced the worst."""
+        """Remembers K - 1 of the finished episodes in the list `memory`: the newest and the best of the others."""
         self.cache.fill(self.model, memory, self.model.config.context - 1, newest=True)
         self.waiting = None  # tokens of the last action and reward, which enter together with the next state
 
@@ -542,7 +542,7 @@ class AD:
 class DPT:
     """Decision-Pretrained Transformer (Lee et al. 2023) predicts the expert's action in any state of the task.
 
-    The prompt is K episodes of any quality, the queries are states of other episodes. A trained agent's prompt is its
+    The prompt is K episodes of any quality, the queries are states of any episodes. A trained agent's prompt is its
     best episodes so far (its last ones make it drift), at first the running one, and each state is a query. Queries
     stand at the end, where the prompt cannot see them: one prompt serves them all.
     """
@@ -581,7 +581,7 @@ class DPT:
         self.first = not memory
 
     def act(self, states, t):
-        """Mean and deviation (N, act_dim) of the action in states (N, obs_dim): queries, which the prompt forgets."""
+        """Mean and deviation (N, act_dim) of the action in states (N, obs_dim): queries, which the cache drops."""
         return self.cache.step(self.model, self.model.state_tokens(states[:, None], self.model.horizon), keep=False)
 
     def observe(self, states, actions, rewards, t):
@@ -622,7 +622,7 @@ def evaluate(model, tasks, episodes, seed=0, context="own"):
 
 @torch.no_grad()
 def held_out_loss(model, x, context="own", batches=20):
-    """For each of P predictions in the arrays `x`, the steps of context that it sees, (P,), and its -log P, (P,).
+    """For each of n predictions in the arrays `x`, the steps of context that it sees, (n,), and its -log P, (n,).
 
     The agent is in evaluation mode, the random stream is fixed, and `context` is as in `evaluate`.
     """
@@ -650,7 +650,7 @@ def normalised(returns, data, tasks):
     return (returns - low) / np.where(high > low, high - low, np.nan)
 
 def measure(model, data, tasks, x):
-    """What the log says about the held-out `tasks` (bool mask, with the arrays `x`): a dict, name -> number."""
+    """The loss on the held-out `tasks` (bool mask; arrays `x`), and the last episode's return and score, as a dict."""
     numbers = {"heldout": float(held_out_loss(model, x)[1].mean())}
     if data["simulator"]:
         returns = evaluate(model, data["tasks"][tasks], model.config.eval_episodes)[-1]
@@ -749,7 +749,7 @@ def fit(model, learner, optimizer, x, state, folder, rank, evaluation):
     bar = tqdm(range(first, c.steps), folder.name, c.steps, initial=first, disable=True if rank else None)
     model.train()
     for step in bar:
-        # All random numbers of a step follow from seed, step and process, so a resumed run is exact.
+        # All random numbers of a step follow from seed, step and process, so a resumed run is exact (on a CPU).
         torch.manual_seed(int(np.random.SeedSequence([c.seed, step, rank]).generate_state(1)[0]))
         batch = BACKBONES[c.mode].batch(c, x, step, c.batch)
         falling = 0.5 * (1 + math.cos(math.pi * (step - c.warmup) / max(1, c.steps - c.warmup)))
