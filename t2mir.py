@@ -199,17 +199,17 @@ class Routing(NamedTuple):
     load: torch.Tensor | None  # (..., E) P(expert is among the top k), while training with noise
 
 class MoE(nn.Module):
-    """A router, which chooses `top_k` experts for each token, and the experts.
+    """A router, which chooses `config.top_k` of `num_experts` experts for each token, and these experts.
 
     A `noisy` router adds noise to its logits while training. A token then also tries experts that it would not choose,
     and the load becomes a probability, which has a gradient.
     """
-    def __init__(self, d_model, hidden, d_out, num_experts, top_k, noisy):
+    def __init__(self, c, num_experts, hidden, d_out, noisy):
         super().__init__()
-        self.top_k = top_k
-        self.router = nn.Linear(d_model, num_experts, bias=False)  # G
-        self.noise = nn.Linear(d_model, num_experts, bias=False) if noisy else None  # W_noise
-        self.experts = Experts(num_experts, d_model, hidden, d_out)
+        self.top_k = c.top_k
+        self.router = nn.Linear(c.d_model, num_experts, bias=False)  # G
+        self.noise = nn.Linear(c.d_model, num_experts, bias=False) if noisy else None  # W_noise
+        self.experts = Experts(num_experts, c.d_model, hidden, d_out)
 
     def route(self, h):
         """softmax(topk(G(h))): h (..., d_model) -> Routing, in float32, because small differences decide."""
@@ -231,8 +231,8 @@ class MoE(nn.Module):
 
 class TokenMoE(MoE):
     """(1) Token-wise MoE: y_tok = sum_i w_tok(i; h) E_i(h) with w_tok = softmax(topk(G_tok(h))), routed by h itself."""
-    def __init__(self, *sizes):
-        super().__init__(*sizes, noisy=True)
+    def __init__(self, c, hidden, d_out):
+        super().__init__(c, c.token_experts, hidden, d_out, noisy=True)
 
 class TaskMoE(MoE):
     """(3) Task-wise MoE: y_task = sum_i w_task(i; h_mean) E_i(h) with w_task = softmax(topk(G_task(h_mean))).
@@ -240,9 +240,9 @@ class TaskMoE(MoE):
     The experts act on the token; only the choice among them is the task's. Its router needs no noise: there is no load
     to differentiate, and InfoNCE trains all of its logits whichever experts are chosen.
     """
-    def __init__(self, *sizes, momentum=0.005):
-        super().__init__(*sizes, noisy=False)
-        self.momentum = momentum
+    def __init__(self, c, hidden, d_out):
+        super().__init__(c, c.task_experts, hidden, d_out, noisy=False)
+        self.momentum = c.momentum
         self.key_router = copy.deepcopy(self.router).requires_grad_(False)  # it lags, so the keys are steadier
         self.W = nn.Parameter(torch.eye(len(self.router.weight)))  # bilinear score of InfoNCE
 
@@ -324,8 +324,8 @@ class T2MIRLayer(nn.Module):
         super().__init__()
         self.index, d = index, c.d_model
         hidden, d_out = (2 * d, d // 2) if c.token_moe and c.task_moe else (3 * d, d)
-        self.token_moe = TokenMoE(d, hidden, d_out, c.token_experts, c.top_k) if c.token_moe else None
-        self.task_moe = TaskMoE(d, hidden, d_out, c.task_experts, c.top_k, momentum=c.momentum) if c.task_moe else None
+        self.token_moe = TokenMoE(c, hidden, d_out) if c.token_moe else None
+        self.task_moe = TaskMoE(c, hidden, d_out) if c.task_moe else None
 
     def forward(self, h, prefix=None, cache=None, select=slice(None)):
         """h (B, L, d) -> outputs (B, l, d) of the tokens h[:, select], and what was routed: a dict, see `T2MIR.act`."""
@@ -671,7 +671,7 @@ def open_dataset(c):
         train = train & ~held_out
     require(c.mode == "ad" or "expert_actions" in data, f"{path}: DPT needs `expert_actions`; --mode ad does without")
     require(c.context <= data["rewards"].shape[1], f"--context {c.context} is more than the episodes of a task")
-    require(c.batch // 2 <= train.sum(), f"--batch {c.batch} needs {c.batch // 2} training tasks, not {train.sum()}")
+    require(c.batch // 2 <= train.sum(), f"--batch {c.batch} needs {c.batch // 2} training tasks: try {2 * train.sum()}")
     return data, train, held_out
 
 def new_model(c, data, train):

@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium
 import mujoco
@@ -38,6 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*Box observation space")  # unb
 
 HERE = Path(__file__).parent
 GYMNASIUM = {"cheetah_vel": "HalfCheetah-v5", "walker_param": "Walker2d-v5"}  # where the models come from
+RANGES = {"point_robot": (-1, 1), "cheetah_vel": (0, 3), "walker_param": (-3, 3)}  # of each entry of a task
 MODES = list(BACKBONES)
 double = torch.float64
 
@@ -126,7 +128,9 @@ def test_sampled_tasks_repeat_and_fill_their_ranges():
         assert tasks.shape == (2000, family.task_dim) and tasks.dtype == np.float64
         np.testing.assert_array_equal(sample_tasks(name, 7, seed=5), tasks[:7])
         assert not np.isin(sample_tasks(name, 7, seed=6), tasks).any()
-        low, high = {"point_robot": (-1, 1), "cheetah_vel": (0, 3)}.get(name, (-3, 3))
+        if name not in RANGES:
+            continue
+        low, high = RANGES[name]
         if name == "walker_param":
             tasks = np.log(tasks) / np.log([1.5] * 56 + [1.3] * 9)
         assert (low <= tasks).all() and (tasks <= high).all()
@@ -330,9 +334,8 @@ def test_stored_transitions_are_the_simulators(name, folder):
     compared = 0
     for t in range(T):
         s = data["states"][:, :, t].reshape(N * E, -1).astype(float)
-        if name == "point_robot":
-            vec.state = s
-        else:  # (time, qpos, qvel): cheetah shows its x, walker hides it
+        vec.state = s
+        if name in GYMNASIUM:  # (time, qpos, qvel): cheetah shows its x, walker hides it
             x = s[:, 17:18] if name == "cheetah_vel" else np.zeros((N * E, 1))
             vec.state = np.concatenate([np.zeros((N * E, 1)), x, s[:, :17]], axis=1)
         inside = np.ones(N * E, bool) if name != "walker_param" else (abs(s[:, 8:]) < 10).all(1)
@@ -599,6 +602,11 @@ def slow_balance(k, gates, clean, noisy, sigma):
     return slow_cv_squared(importance), slow_cv_squared(load)
 
 
+def moe_config(d_model):
+    """What the two MoEs read from a Config: five experts, two of which compute a token."""
+    return SimpleNamespace(d_model=d_model, token_experts=5, task_experts=5, top_k=2, momentum=0.1)
+
+
 def slow_info_nce(z, keys, W, ids):
     """InfoNCE, pair by pair."""
     losses = []
@@ -645,10 +653,10 @@ def test_moe_equals_a_loop_over_tokens(kind):
     shape, k = (3, 10), 2
     h, h_mean, weight = (torch.randn(*shape, d, dtype=double) for d in (8, 8, 8))
     if kind == "task":
-        moe = TaskMoE(8, 16, 8, 5, k).double()  # it has no noise, in training mode neither
+        moe = TaskMoE(moe_config(8), 16, 8).double()  # it has no noise, in training mode neither
         inputs = [h, h_mean]
     else:
-        moe = TokenMoE(8, 16, 8, 5, k).double().train(kind != "token")
+        moe = TokenMoE(moe_config(8), 16, 8).double().train(kind != "token")
         inputs = [h, h]
     router = moe.router.weight
     wanted = [x.requires_grad_() for x in dict.fromkeys(inputs)] + [router, moe.experts.w1, moe.experts.w2]
@@ -717,7 +725,7 @@ def test_balance_terms_reach_the_router_each_alone():
     assert t2mir.cv_squared(torch.full((4,), 3.0)).item() == 0
     torch.manual_seed(0)
     for term in (0, 1):
-        moe = TokenMoE(8, 16, 8, 5, 2)
+        moe = TokenMoE(moe_config(8), 16, 8)
         balance(moe.route(torch.randn(3, 10, 8)))[term].backward()
         assert moe.router.weight.grad.abs().max() > 1e-3 and moe.noise.weight.grad.abs().max() > 1e-4
         assert moe.experts.w1.grad is None
@@ -759,7 +767,7 @@ def test_the_keys_of_info_nce_teach_nothing(mode, folder):
 def test_key_router_is_a_moving_average():
     """It starts as the router and then moves the fraction `momentum` of the way to it in each update."""
     torch.manual_seed(0)
-    moe = TaskMoE(6, 16, 7, 5, 2, momentum=0.1).double()
+    moe = TaskMoE(moe_config(6), 16, 7).double()
     router = moe.router.weight
     key = router.detach().numpy().copy()
     for _ in range(4):
