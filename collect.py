@@ -46,6 +46,7 @@ from tqdm import tqdm
 from envs import ENVS, make_vec, sample_tasks
 
 SAVE_EVERY = 300  # seconds between saves of an unfinished collection
+PROGRESS = {"unit": "round", "mininterval": 0.1 if sys.stderr.isatty() else 30}  # seconds: fewer lines in a log file
 
 # By default glibc returns large freed blocks to the system, and the page faults of new tensors cost a quarter of the
 # time of an update of 60 agents. M_TRIM_THRESHOLD and M_MMAP_THRESHOLD make it keep them.
@@ -69,8 +70,7 @@ def write_atomically(path, write):
             write(file)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        if temporary.exists():
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
         raise BadInput(f"{path} cannot be written ({str(error).splitlines()[0]})") from None
 
 @contextmanager
@@ -89,14 +89,11 @@ def load(path):
     Raises BadInput if the file is missing or damaged, or if an array is missing or is not what it should be.
     """
     path = Path(path)
+    require(path.exists(), f"{path} is missing: collect.py begins with the list of arrays that it should hold")
     try:
-        with open(path, "rb") as file:
-            fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
-            file.seek(0)
-            with np.load(file, allow_pickle=False) as arrays:
-                data = {name: arrays[name] for name in arrays.files}
-    except FileNotFoundError:
-        raise BadInput(f"{path} is missing: collect.py begins with the list of arrays that it should hold") from None
+        fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
+        with np.load(path, allow_pickle=False) as arrays:
+            data = dict(arrays)
     except Exception as error:  # a damaged file can raise almost anything
         raise BadInput(f"{path} is damaged or not a dataset ({str(error).splitlines()[0]})") from None
     for name in ("states", "actions", "rewards", "test"):
@@ -115,8 +112,7 @@ def load(path):
         inside = "actions" not in name or abs(x).max() <= 1 + 1e-6
         require(inside, f"{path}: `{name}` must lie in [-1, 1]: divide by the largest action of your robot")
         data[name] = x.astype({"test": bool, "guest": bool}.get(name, np.float64 if "return" in name else np.float32))
-    both = 0 < data["test"].sum() < len(data["test"])
-    require(both, f"{path}: `test` must mark at least one task, and leave at least one to train on")
+    require(0 < data["test"].sum() < len(data["test"]), f"{path}: `test` must mark some of the tasks, but not all")
     simulator = path.stem in ENVS and {"tasks", "random_return", "expert_return"} <= data.keys()
     return {**data, "fingerprint": fingerprint, "simulator": simulator}
 
@@ -154,8 +150,8 @@ class Settings:
             self.dtype = "bfloat16" if native else "float32"
         require(self.env in ENVS, f"unknown --env {self.env}: choose one of {', '.join(ENVS)}")
         for f in dataclasses.fields(self):
-            low, high = 0 if f.name in ("seed", "temperature") else 1e-9, dict(gamma=0.9999, tau=1, history=1)
-            value, high = getattr(self, f.name), high.get(f.name, 1e99)
+            value, low = getattr(self, f.name), dict(seed=0, temperature=0).get(f.name, 1e-9)
+            high = dict(gamma=0.9999, tau=1, history=1).get(f.name, 1e99)
             fits = f.type not in (int, float) or low <= value <= high
             require(fits, f"--{f.name} {value} must lie between {low:g} and {high:g}")
         learns = self.steps - self.steps % ENVS[self.env].horizon > self.random_steps
@@ -205,14 +201,12 @@ class BatchedMLP(nn.Module):
 class BatchedSAC(nn.Module):
     """Soft actor-critic (Haarnoja et al. 2018) for `num` agents at once, one per task, which share nothing.
 
-    The losses are summed over agents and Adam is elementwise, so each agent learns what it would learn alone. Two
-    details let it learn in few updates: its networks see normalised states, and its critics predict (1 - gamma) times
-    the usual return, which has the size of one reward whatever gamma is.
+    The losses are summed over agents and Adam is elementwise, so each agent learns what it would learn alone. Networks
+    see normalised states, and critics predict (1 - gamma) times the usual return, which has the size of one reward.
     """
     def __init__(self, num, obs_dim, act_dim, s):
         super().__init__()
-        self.num, self.s = num, s
-        dtype = getattr(torch, s.dtype)
+        self.num, self.s, dtype = num, s, getattr(torch, s.dtype)
         self.actor = BatchedMLP(num, (obs_dim, s.hidden, s.hidden, 2 * act_dim), dtype=dtype)
         # Both critics of all agents are one batch of 2 * num networks.
         self.critic = BatchedMLP(2 * num, (obs_dim + act_dim, s.hidden, s.hidden, 1), s.critic_norm, dtype)
@@ -266,12 +260,10 @@ class BatchedSAC(nn.Module):
         self.critic_opt.step()
         if policy:
             new_actions, log_prob = self.act(states, noise[1])
-            self.critic.requires_grad_(False)
             loss = (entropy_weight * log_prob - self.value(self.critic, states, new_actions).amin(0)).mean(-1).sum()
             self.actor_opt.zero_grad()
-            loss.backward()
+            loss.backward(inputs=list(self.actor.parameters()))  # the critics' gradients would be wasted
             self.actor_opt.step()
-            self.critic.requires_grad_(True)
         with torch.no_grad():
             torch._foreach_lerp_(list(self.target.parameters()), list(self.critic.parameters()), self.s.tau)
 
@@ -280,16 +272,13 @@ def average_return(name, tasks, agents, copies, seed, device):
     """Mean return of each task over `copies` episodes, (num_tasks,): noiseless `agents`, or random actions if None."""
     env = make_vec(name, np.repeat(tasks, copies, axis=0))
     rng = np.random.default_rng([seed, 1])  # a different stream from that of the start states
-    states, _ = env.reset(seed=seed)
-    returns = np.zeros(env.num_envs)
+    (states, _), returns = env.reset(seed=seed), 0
     for _ in range(env.horizon):
-        if agents is None:
-            actions = rng.uniform(-1, 1, env.action_space.shape)
-        else:
-            actions = agents.act(torch.as_tensor(states, device=device).view(len(tasks), copies, -1))[0]
-            actions = actions.reshape(env.num_envs, -1).cpu().numpy()
-        states, rewards, _, _, _ = env.step(actions)
-        returns += rewards
+        actions = rng.uniform(-1, 1, env.action_space.shape)
+        if agents is not None:
+            actions = agents.act(torch.as_tensor(states, device=device).view(len(tasks), copies, -1))[0].cpu().numpy()
+        states, rewards, *_ = env.step(actions)
+        returns = returns + rewards
     env.close()
     return returns.reshape(len(tasks), copies).mean(1)
 
@@ -297,9 +286,8 @@ def average_return(name, tasks, agents, copies, seed, device):
 class Collection:
     """All agents of one family, their environments and their histories, which are also their replay buffers.
 
-    Time is cut into rounds; in each round every copy runs one episode of T steps. `states` (num, episodes, T + 1,
-    obs_dim), `actions` and `learner_actions` (num, episodes, T, act_dim) and `rewards` (num, episodes, T) hold episode
-    round * copies + copy.
+    In each round every copy runs one episode of T steps, stored as episode round * copies + copy of `states` (num,
+    episodes, T + 1, obs_dim), `actions`, `learner_actions` (num, episodes, T, act_dim) and `rewards`.
     """
     def __init__(self, s, num):
         family, self.s, self.num = ENVS[s.env], s, num
@@ -308,18 +296,17 @@ class Collection:
         self.env = make_vec(s.env, np.repeat(self.tasks, s.copies, axis=0))
         torch.manual_seed(s.seed)
         self.agents = BatchedSAC(num, family.obs_dim, family.act_dim, s)
-        self.rng = torch.Generator(self.device)
-        self.rounds, self.round = s.steps // self.T, 0
+        self.rng, self.rounds, self.round = torch.Generator(self.device), s.steps // self.T, 0
         shape = num, self.rounds * s.copies, self.T
         self.states = torch.zeros(num, shape[1], self.T + 1, family.obs_dim, device=self.device)
         self.actions, self.learner_actions = torch.zeros(2, *shape, family.act_dim, device=self.device)
         self.rewards = torch.zeros(shape, device=self.device)
+        self.arrays = self.states, self.actions, self.learner_actions, self.rewards
         # The copies differ. While actions are random, copy c repeats each of them for 2^c steps, which leads farther.
         # Later the first copy acts without noise, the others sample, and in the last one a guest acts, the agent of
         # another task: a slow cheetah never runs by itself, so only a guest can show it how to slow down.
         copy_index = torch.arange(s.copies, device=self.device)[:, None]
-        self.repeat = 2**copy_index
-        self.noisy = (copy_index > 0) | (s.copies < 3)  # (copies, 1)
+        self.repeat, self.noisy = 2**copy_index, (copy_index > 0) | (s.copies < 3)  # (copies, 1) each
 
     def run_round(self):
         """T steps of every copy and, after the random steps, one update of every agent in each of them."""
@@ -328,7 +315,7 @@ class Collection:
         self.rng.manual_seed(s.seed * 2**20 + self.round)  # a seed per round makes a resumed collection exact
         observations, _ = self.env.reset(seed=s.seed * 2**20 + self.round)
         episodes = slice(self.round * c, self.round * c + c)
-        states, actions, learner, rewards = (x[:, episodes] for x in self.arrays())  # (num, c, T, ...)
+        states, actions, learner, rewards = (x[:, episodes] for x in self.arrays)  # (num, c, T, ...)
         states[:, :, 0] = torch.as_tensor(observations, device=self.device).view(num, c, -1)
         copies = torch.arange(c, device=self.device)
         acts_in = torch.arange(num, device=self.device)[:, None].repeat(1, c)  # [agent, copy] -> task
@@ -368,8 +355,7 @@ class Collection:
         when = torch.randint(step, shape, device=self.device, generator=self.rng)
         which_copy = torch.randint(s.copies, shape, device=self.device, generator=self.rng)
         noise = torch.randn(2, *shape, self.actions.shape[-1], device=self.device, generator=self.rng)
-        if s.recency != 1:
-            when = step - (step * ((step - when) / step) ** s.recency).round().long().clamp(min=1)
+        when = step - (step * ((step - when) / step) ** s.recency).round().long().clamp(min=1)
         i, t = when // self.T * s.copies + which_copy, when % self.T  # episode, step of the episode
         stored = torch.where(when // self.T == step // self.T, step % self.T, self.T)  # steps of that episode so far
         n = (stored - t).clamp(max=s.n_step)  # (num, B)
@@ -378,25 +364,19 @@ class Collection:
         rewards = (ahead * s.gamma**k * (k < n[..., None])).sum(-1)
         return self.states[row, i, t], self.actions[row, i, t], rewards, s.gamma**n, self.states[row, i, t + n], noise
 
-    def arrays(self):
-        return self.states, self.actions, self.learner_actions, self.rewards
-
-    def identity(self):
-        """The settings that decide how a collection goes: only one with the same settings may continue it."""
-        return dataclasses.asdict(dataclasses.replace(self.s, episodes=1, history=1.0, device="cpu", out=""))
-
     def save(self, path):
-        optimizers = [self.agents.actor_opt.state_dict(), self.agents.critic_opt.state_dict()]
-        content = dict(settings=self.identity(), round=self.round, agents=self.agents.state_dict(), optim=optimizers)
-        content["history"] = [x[:, : self.round * self.s.copies].clone() for x in self.arrays()]
+        content = dict(settings=dataclasses.asdict(self.s), round=self.round, agents=self.agents.state_dict())
+        content["optim"] = [self.agents.actor_opt.state_dict(), self.agents.critic_opt.state_dict()]
+        content["history"] = [x[:, : self.round * self.s.copies].clone() for x in self.arrays]
         write_atomically(path, lambda file: torch.save(content, file))
 
     def restore(self, path):
         """Continues from the last `save`. Raises BadInput if the settings differ."""
         saved = torch.load(path, map_location=self.device, weights_only=True)
-        different = [k for k, v in self.identity().items() if saved["settings"].get(k) != v]
+        free = "episodes", "history", "device", "out"  # settings that do not change how a collection goes
+        different = [k for k, v in saved["settings"].items() if k not in free and v != getattr(self.s, k, None)]
         require(not different, f"{path} has another {' and '.join(different)}: repeat its settings, or delete it")
-        for whole, part in zip(self.arrays(), saved["history"]):
+        for whole, part in zip(self.arrays, saved["history"]):
             whole[:, : part.shape[1]] = part
         self.agents.load_state_dict(saved["agents"])
         for optimizer, state in zip((self.agents.actor_opt, self.agents.critic_opt), saved["optim"]):
@@ -418,19 +398,14 @@ def collect(name, **settings):
         if part.exists():
             run.restore(part)
             print(f"continuing from round {run.round} of {run.rounds}, found in {part}")
-        first, started, saved = run.round, time.time(), time.time()
-        progress = tqdm(total=run.rounds, initial=first, desc=f"collect {name}", unit="round", disable=None)
-        while run.round < run.rounds:
+        saved, left = time.time(), range(run.round, run.rounds)
+        for _ in (bar := tqdm(left, f"collect {name}", run.rounds, initial=run.round, **PROGRESS)):
             returns = run.run_round()
             require(returns.isfinite().all(), f"a return became non-finite in round {run.round}: try a smaller --lr")
-            progress.update()
-            progress.set_postfix_str(f"return {returns.mean():.1f}, from {returns.min():.1f} to {returns.max():.1f}")
+            bar.set_postfix_str(f"return {returns.mean():.1f}, from {returns.min():.1f} to {returns.max():.1f}", False)
             if time.time() - saved > SAVE_EVERY:
                 run.save(part)
                 saved = time.time()
-                left = (saved - started) / (run.round - first) * (run.rounds - run.round) / 60
-                tqdm.write(f"round {run.round}/{run.rounds}: return {returns.mean():.1f}, {left:.0f} min left")
-        progress.close()
         run.env.close()
         arrays = select(run)
         write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
@@ -441,16 +416,16 @@ def collect(name, **settings):
         print(f"experts no better than random, whose scores will be left out: tasks {np.flatnonzero(expert <= random)}")
     return path
 
+@torch.no_grad()
 def select(run):
     """The arrays of the dataset: episodes evenly spaced over the history's rounds, taken from the copies in turn."""
     s, rounds = run.s, max(1, int(run.rounds * run.s.history))
     j = np.arange(min(s.episodes, rounds * s.copies))
     stored = j * rounds // len(j) * s.copies + j % s.copies
     names = "states", "actions", "learner_actions", "rewards"
-    arrays = {name: x[:, stored, : run.T].cpu().numpy() for name, x in zip(names, run.arrays())}  # (N, E, T, ...)
-    with torch.no_grad():
-        states = run.states[:, stored, : run.T].flatten(1, 2)
-        arrays["expert_actions"] = run.agents.act(states)[0].cpu().numpy().reshape(arrays["actions"].shape)
+    arrays = {name: x[:, stored, : run.T].cpu().numpy() for name, x in zip(names, run.arrays)}  # (N, E, T, ...)
+    expert_actions = run.agents.act(run.states[:, stored, : run.T].flatten(1, 2))[0]
+    arrays["expert_actions"] = expert_actions.cpu().numpy().reshape(arrays["actions"].shape)
     guest = (stored % s.copies == s.copies - 1) & (s.copies > 1) & ((stored // s.copies + 1) * run.T > s.random_steps)
     versions = {name: version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
     info = json.dumps({"settings": dataclasses.asdict(s), "versions": versions})

@@ -671,7 +671,7 @@ def open_dataset(c):
         train = train & ~held_out
     require(c.mode == "ad" or "expert_actions" in data, f"{path}: DPT needs `expert_actions`; --mode ad does without")
     require(c.context <= data["rewards"].shape[1], f"--context {c.context} is more than the episodes of a task")
-    require(c.batch // 2 <= train.sum(), f"--batch {c.batch} needs {c.batch // 2} training tasks: try {2 * train.sum()}")
+    require(c.batch // 2 <= train.sum(), f"--batch {c.batch} needs {c.batch // 2} training tasks, not {train.sum()}")
     return data, train, held_out
 
 def new_model(c, data, train):

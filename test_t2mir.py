@@ -2110,8 +2110,8 @@ def test_a_dataset_is_checked_array_by_array(folder, tmp_path):
         ("expert_actions", np.zeros((4, 3, 7, 6)), "`expert_actions` must have shape"),
         ("actions", 3 * own["actions"], r"`actions` must lie in \[-1, 1\]"),
         ("states", own["states"] * np.nan, "`states` has non-finite values"),
-        ("test", np.zeros(4), "`test` must mark at least one task"),
-        ("test", np.ones(4), "`test` must mark at least one task"),
+        ("test", np.zeros(4), "`test` must mark some of the tasks"),
+        ("test", np.ones(4), "`test` must mark some of the tasks"),
         ("test", None, "no array `test`"),
     ]:
         np.savez(path, **{k: v for k, v in (own | {name: array}).items() if v is not None})
