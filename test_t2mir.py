@@ -1934,6 +1934,19 @@ def test_two_processes_train_one_model(folder, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system cannot tell which cores may be used")
+def test_imports_need_nothing_that_windows_lacks():
+    """Without CDLL(None), sched_getaffinity and the module `resource`, everything is imported and a simulator runs."""
+    code = """
+import ctypes, os, sys, filelock, gymnasium, mujoco.rollout, torch, tqdm, tyro  # these look at the platform themselves
+sys.platform, ctypes.CDLL, sys.modules["resource"] = "win32", None, None
+del os.sched_getaffinity
+import envs, t2mir
+print(envs.make_vec("point_robot", [[0.5, 0.5]]).reset(seed=0)[0].shape)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
+    assert done.stdout == "(1, 2)\n", done.stderr
+
+
 def test_threads_stay_within_the_cores_of_this_process(monkeypatch):
     """A simulator takes no more threads than the process may use cores, and no more than it has sub-environments."""
     monkeypatch.setattr(os, "cpu_count", lambda: 64)  # the machine's
