@@ -31,11 +31,15 @@ from torch.utils.flop_counter import FlopCounterMode
 import t2mir
 from collect import PRESETS, BadInput, BatchedSAC, Collection, Settings, claim, collect, load, write_atomically
 from envs import ENVS, TaskVec, make_vec, sample_tasks
+from experiments import figures, routing
 from experiments.bench_collect import flops_of_update
 from t2mir import BACKBONES, T2MIR, Config, TaskMoE, TokenMoE, evaluate, prefix_mean
 
 torch.set_num_threads(1)  # the sizes are so small that a second thread would only wait for the first
-pytestmark = pytest.mark.filterwarnings("ignore:.*Box observation space")  # unbounded observations are meant
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*Box observation space"),  # unbounded observations are meant
+    pytest.mark.filterwarnings("ignore:Mean of empty slice"),  # the tiny experts may all be worse than random
+]
 
 HERE = Path(__file__).parent
 GYMNASIUM = {"cheetah_vel": "HalfCheetah-v5", "walker_param": "Walker2d-v5"}  # where the models come from
@@ -1957,6 +1961,44 @@ def test_threads_stay_within_the_cores_of_this_process(monkeypatch):
                 vec = make_vec(name, sample_tasks(name, 3, seed=0), threads)
                 assert vec.threads == min(threads or cores, cores, 3)
                 vec.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The scripts in experiments/
+
+
+def test_routing_picture_or_the_reason_why_not(folder, tmp_path, capsys):
+    """It is drawn with three held-out tasks; with two tasks or without a MoE, one line says what is missing."""
+    for name, given, said in (
+        ("few", {}, "2 held-out tasks"),
+        ("dense", dict(token_moe=False), "lacks a MoE"),
+        ("enough", dict(val_tasks=3, batch=4, context=1), None),
+    ):
+        run = short_run("dpt", folder, tmp_path, name=name, **given)
+        if said is None:
+            routing.main(run, tmp_path)
+            assert (tmp_path / "enough-routing.png").stat().st_size > 10_000
+        else:
+            with pytest.raises(BadInput, match=said):
+                routing.main(run, tmp_path)
+
+
+def test_comparison_of_runs(folder, tmp_path, capsys):
+    """The table has the mean scores of two seeds and their difference to the baseline, computed here by hand."""
+    good = dict(random_return=np.full(2, -9.0), expert_return=np.full(2, -1.0))  # the tiny experts may be worse
+    scores = {}
+    for name, given in (("a", {}), ("b", dict(seed=1)), ("dense", dict(token_moe=False, task_moe=False))):
+        run = short_run("dpt", folder, tmp_path, name=name, **given)
+        with np.load(run / "result.npz") as result:
+            arrays = dict(result) | good
+        np.savez(run / "result.npz", **arrays)
+        scores[name] = (arrays["own"] + 9) / 8  # (2 episodes, 2 tasks)
+    figures.main(tuple(tmp_path / name for name in scores), tmp_path / "out")
+    text = (tmp_path / "out/results.md").read_text()
+    both, pair = (scores["a"] + scores["b"]) / 2, scores["a"] - scores["dense"]
+    assert f"| 2 | {both[0].mean():.3f} [" in text and f"{both[1].mean():.3f} [" in text
+    assert f"1 common seeds: {pair[1].mean():.3f} [" in text
+    assert len((tmp_path / "out/results.csv").read_text().splitlines()) == 4
 
 
 # ----------------------------------------------------------------------------------------------------------------------
