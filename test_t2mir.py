@@ -290,8 +290,8 @@ def test_an_agent_learns_in_the_batch_what_it_learns_alone():
     s, num, B = resolve("point_robot", hidden=8, temperature=0.1, dtype="float64"), 3, 10
     torch.manual_seed(0)
     agents, *alone = [BatchedSAC(n, 2, 2, s).double() for n in (num, 1, 1, 1)]
-    lived = torch.randn(num, 20, 2, dtype=double) * 3 + 1
-    agents.update_normalisation(lived)
+    stored = torch.randn(num, 20, 2, dtype=double) * 3 + 1
+    agents.update_normalisation(stored)
     pairs = []  # parameters: of the batch, agent i's rows in it (first critics, then second ones), of agent i alone
     for net, (i, one) in itertools.product(("actor", "critic", "target"), enumerate(alone)):
         of_batch, of_one = getattr(agents, net).parameters(), getattr(one, net).parameters()
@@ -299,7 +299,7 @@ def test_an_agent_learns_in_the_batch_what_it_learns_alone():
     for p, rows, q in pairs:
         q.data.copy_(p.data[rows])
     for i, one in enumerate(alone):
-        one.update_normalisation(lived[i : i + 1])
+        one.update_normalisation(stored[i : i + 1])
     start = [q.data.clone() for _, _, q in pairs]
     for step in range(6):
         batch = [torch.randn(num, B, *size, dtype=double) for size in ((2,), (2,), (), (), (2,))]
@@ -458,16 +458,16 @@ def test_guests_visit_tasks_of_their_own_split(monkeypatch):
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_updates_draw_lived_moments_of_the_own_task(n):
-    """Batches hold only what was lived before the step, each agent its own, all of it, about equally often, and each
-    with the rewards of the next n steps, or of fewer where its episode ends or has not gone on."""
+def test_updates_draw_stored_steps_of_the_own_task(n):
+    """Batches hold stored steps of the agent's own task from before the given step, all about equally often, each with
+    the rewards of the next n steps, or of fewer at the end of an episode and at the newest step."""
     given = dict(steps=100, copies=3, batch=3000, hidden=4, random_steps=99, episodes=1, n_step=n)
     run = Collection(resolve("point_robot", **given), 2)
     for _ in range(2):
         run.run_round()
     states, actions, rewards, discounts, next_states, _ = run.sample(27)  # in the second round, after its 7th step
-    lived = torch.cat([run.states[:, :3, :20], run.states[:, 3:6, :7]], dim=2).flatten(1, 2)  # (2, 81, 2)
-    same = (states[:, :, None] == lived[:, None]).all(-1)  # (2, 3000, 81)
+    stored = torch.cat([run.states[:, :3, :20], run.states[:, 3:6, :7]], dim=2).flatten(1, 2)  # (2, 81, 2)
+    same = (states[:, :, None] == stored[:, None]).all(-1)  # (2, 3000, 81)
     assert (same.sum(2) == 1).all()
     counts = same.sum(1)
     assert counts.min() > 15 and counts.max() < 70  # 37 expected
@@ -486,7 +486,7 @@ def test_updates_draw_lived_moments_of_the_own_task(n):
 
 @pytest.mark.parametrize("recency", [1.0, 4.0])
 def test_ages_of_draws_follow_the_recency(recency):
-    """A draw is younger than a fraction x of all that was lived with probability x^(1 / recency)."""
+    """The age of a drawn step is below a fraction x of the run so far with probability x^(1 / recency)."""
     given = dict(steps=8_000, copies=1, batch=20_000, hidden=4, random_steps=1, episodes=1, recency=recency)
     run = Collection(resolve("point_robot", **given), 1)
     run.states[..., 0] = torch.arange(400.0)[:, None] * 20 + torch.arange(21.0)  # a state tells its step
@@ -527,11 +527,11 @@ def test_networks_see_normalised_states():
     """The normalisation is the mean and deviation of all states shown, in whatever portions they came."""
     torch.manual_seed(0)
     agents = BatchedSAC(3, 4, 2, resolve("point_robot", hidden=8))
-    lived = torch.randn(3, 5, 40, 4) * torch.tensor([0.1, 1, 10, 0]) + torch.tensor([0.0, 1, -20, 0.7])
-    for part in lived.split(2, dim=1):
+    stored = torch.randn(3, 5, 40, 4) * torch.tensor([0.1, 1, 10, 0]) + torch.tensor([0.0, 1, -20, 0.7])
+    for part in stored.split(2, dim=1):
         agents.update_normalisation(part)
-    near(agents.mean, lived.flatten(1, 2).mean(1, keepdim=True), 1e-4)
-    near(agents.std, lived.flatten(1, 2).std(1, keepdim=True, correction=0) + 0.01, 1e-3)
+    near(agents.mean, stored.flatten(1, 2).mean(1, keepdim=True), 1e-4)
+    near(agents.std, stored.flatten(1, 2).std(1, keepdim=True, correction=0) + 0.01, 1e-3)
 
 
 def test_unreadable_datasets_are_named_in_one_line(folder, tmp_path):
@@ -601,8 +601,8 @@ def slow_balance(k, gates, clean, noisy, sigma):
     load = [zero] * num
     for c, x, s in zip(clean, noisy, sigma):
         for i in range(num):
-            bar = sorted((x[j] for j in range(num) if j != i), reverse=True)[k - 1]
-            load[i] = load[i] + (1 + torch.erf((c[i] - bar) / s[i] / math.sqrt(2))) / 2
+            threshold = sorted((x[j] for j in range(num) if j != i), reverse=True)[k - 1]
+            load[i] = load[i] + (1 + torch.erf((c[i] - threshold) / s[i] / math.sqrt(2))) / 2
     return slow_cv_squared(importance), slow_cv_squared(load)
 
 
@@ -663,15 +663,15 @@ def test_moe_equals_a_loop_over_tokens(kind):
         moe = TokenMoE(moe_config(8), 16, 8).double().train(kind != "token")
         inputs = [h, h]
     router = moe.router.weight
-    wanted = [x.requires_grad_() for x in dict.fromkeys(inputs)] + [router, moe.experts.w1, moe.experts.w2]
-    wanted += [moe.noise.weight] if kind == "token, training" else []
+    expected = [x.requires_grad_() for x in dict.fromkeys(inputs)] + [router, moe.experts.w1, moe.experts.w2]
+    expected += [moe.noise.weight] if kind == "token, training" else []
     torch.manual_seed(1)
     y, routing = moe(*inputs)
     fast = (y * weight).sum()
     if kind == "token, training":
         importance, load = balance(routing)
         fast = fast + 3 * importance + 7 * load
-    got = torch.autograd.grad(fast, wanted)
+    got = torch.autograd.grad(fast, expected)
 
     rows = [x.flatten(0, 1) for x in inputs]
     clean = noisy = rows[-1] @ router.T
@@ -693,7 +693,7 @@ def test_moe_equals_a_loop_over_tokens(kind):
     places = [torch.stack([g.get(i, torch.zeros(()).double()) for i in range(5)]) for g in gates]
     near(routing.importance.flatten(0, 1), torch.stack(places), 1e-8)
     near(fast, slow, 1e-8)
-    near(got, torch.autograd.grad(slow, wanted), 1e-8)
+    near(got, torch.autograd.grad(slow, expected), 1e-8)
 
     moe.eval()
     gates = slow_gates(clean, k)
@@ -855,11 +855,11 @@ def test_what_the_task_router_sees(mode, folder):
     assert h.shape == given.shape and (h.shape[1] > n) == (mode == "dpt")
     for b, t in np.ndindex(*h.shape[:2]):
         if t < n:
-            wanted = h[b, : t + 1].mean(0)
+            expected = h[b, : t + 1].mean(0)
         else:
             p = 3 * batch["seen"][b, t - n]
-            wanted = (h[b, :p].sum(0) + h[b, t]) / (p + 1)
-        near(given[b, t], wanted, 1e-4)
+            expected = (h[b, :p].sum(0) + h[b, t]) / (p + 1)
+        near(given[b, t], expected, 1e-4)
 
 
 @pytest.mark.parametrize("moe_layers", ["last", "all"])
@@ -887,11 +887,11 @@ def test_variants_spend_equal_active_parameters(moe_layers):
 def test_attention_mask_equals_a_double_loop():
     """A row sees itself and what is to its left, behind a past too; a query sees its prefix and itself."""
     for length, past in ((1, 0), (5, 0), (3, 4)):
-        wanted = [[column <= past + row for column in range(past + length)] for row in range(length)]
-        assert t2mir.attention_mask(length, past=past).tolist() == wanted
+        expected = [[column <= past + row for column in range(past + length)] for row in range(length)]
+        assert t2mir.attention_mask(length, past=past).tolist() == expected
     prefix, P, Q = [[0, 3, 6], [6, 1, 2]], 6, 3
-    wanted = [[[j < prefix[b][q] or j == P + q for j in range(P + Q)] for q in range(Q)] for b in range(2)]
-    assert t2mir.attention_mask(P + Q, torch.tensor(prefix)).squeeze(1).tolist() == wanted
+    expected = [[[j < prefix[b][q] or j == P + q for j in range(P + Q)] for q in range(Q)] for b in range(2)]
+    assert t2mir.attention_mask(P + Q, torch.tensor(prefix)).squeeze(1).tolist() == expected
 
 
 def test_prefix_mean_equals_a_loop():
@@ -1109,8 +1109,8 @@ def test_how_often_ad_draws_an_episode():
         worst = [i for i in others if i < r] + [i for i in others if i >= r]  # better ones only if there are too few
         slow[min(worst[:2]), max(worst[:2])] += 1
     assert pairs.sum() == draws and (abs(pairs - slow) < 5 * np.sqrt(2 * slow + 10)).all()
-    wanted = np.array([0, 0, 0, 0, 1 / 6, 1 / 2, 1 / 6, 1 / 6]) * draws
-    assert (abs(running - wanted) <= 5 * np.sqrt(wanted)).all()
+    expected = np.array([0, 0, 0, 0, 1 / 6, 1 / 2, 1 / 6, 1 / 6]) * draws
+    assert (abs(running - expected) <= 5 * np.sqrt(expected)).all()
 
 
 def test_ad_draws_as_many_episodes_as_there_are():
@@ -1192,8 +1192,8 @@ def test_neg_log_prob_is_that_of_a_normal_distribution():
     slow = -distributions.Normal(mean, log_std.exp()).log_prob(actions) - 0.5 * math.log(2 * math.pi)
     near(fast, slow)
     weight = torch.randn(4, 6, 3, dtype=double)
-    got, wanted = (torch.autograd.grad((y * weight).sum(), [mean, log_std]) for y in (fast, slow))
-    near(got, wanted)
+    got, expected = (torch.autograd.grad((y * weight).sum(), [mean, log_std]) for y in (fast, slow))
+    near(got, expected)
 
 
 @torch.no_grad()
@@ -1267,20 +1267,20 @@ def test_acting_with_the_cache_equals_the_full_pass(mode, context, stride, K, mo
     return. With another task's context, what is remembered is that of the task before, and the running episode is the
     agent's own.
     """
-    model, T, N, episodes, lived = tiny_model(mode, stride=stride, context=K), 20, 3, 6, []
+    model, T, N, episodes, acted = tiny_model(mode, stride=stride, context=K), 20, 3, 6, []
 
     def recording(name, tasks):
         env = make_vec(name, tasks)
         reset, step = env.reset, env.step
 
         def reset_and_note(**given):
-            lived.append([])
+            acted.append([])
             env.seen, info = reset(**given)
             return env.seen, info
 
         def step_and_note(actions):
             result = step(actions)
-            lived[-1].append((env.seen, actions, result[1].astype(np.float32)))
+            acted[-1].append((env.seen, actions, result[1].astype(np.float32)))
             env.seen = result[0]
             return result
 
@@ -1289,9 +1289,9 @@ def test_acting_with_the_cache_equals_the_full_pass(mode, context, stride, K, mo
 
     monkeypatch.setattr(t2mir, "make_vec", recording)
     returns = evaluate(model, np.array([[0.9, 0.1], [-0.4, -0.8], [0.2, 0.7]]), episodes, seed=4, context=context)
-    lived = [[torch.tensor(np.stack(part, axis=1)) for part in zip(*steps)] for steps in lived]  # (N, T, ...) each
-    assert [episode[0].shape for episode in lived] == [(N, T, 2)] * episodes
-    np.testing.assert_allclose(returns, [rewards.sum(1) for _, _, rewards in lived], rtol=1e-5)
+    acted = [[torch.tensor(np.stack(part, axis=1)) for part in zip(*steps)] for steps in acted]  # (N, T, ...) each
+    assert [episode[0].shape for episode in acted] == [(N, T, 2)] * episodes
+    np.testing.assert_allclose(returns, [rewards.sum(1) for _, _, rewards in acted], rtol=1e-5)
     generator = torch.Generator().manual_seed(4)
     noise = torch.stack([torch.randn(N, 2, generator=generator) for _ in range(episodes * T)]).view(episodes, T, N, 2)
     kept, moved, selected = torch.arange(0, T, stride), 0, 0
@@ -1302,17 +1302,17 @@ def test_acting_with_the_cache_equals_the_full_pass(mode, context, stride, K, mo
         def total(episode):
             return episode[2][owner].sum().item()
 
-        best = sorted(lived[:e] if mode == "dpt" else lived[: max(0, e - 1)], key=total, reverse=True)
+        best = sorted(acted[:e] if mode == "dpt" else acted[: max(0, e - 1)], key=total, reverse=True)
         if mode == "dpt":
             past = best[:K]
         else:
-            past = (best[: max(0, K - 2)] + lived[e - 1 : e]) if e > 0 and K > 1 else []
+            past = (best[: max(0, K - 2)] + acted[e - 1 : e]) if e > 0 and K > 1 else []
         past = [] if context == "hidden" else sorted(past, key=total)
-        in_order = [episode for episode in lived[:e] if any(episode is one for one in past)]
+        in_order = [episode for episode in acted[:e] if any(episode is one for one in past)]
         moved += any(a is not b for a, b in zip(in_order, past))
-        selected += any(a is not b for a, b in zip(in_order, lived[e - len(past) : e]))
+        selected += any(a is not b for a, b in zip(in_order, acted[e - len(past) : e]))
         past = [model.tokens(*(part[owner : owner + 1, kept] for part in episode), kept) for episode in past]
-        own = [part[i : i + 1] for part in lived[e]]
+        own = [part[i : i + 1] for part in acted[e]]
         running = model.tokens(*own, torch.arange(T))
         strided = model.tokens(*(part[:, kept] for part in own), kept)
         for t in range(T):
@@ -1323,7 +1323,7 @@ def test_acting_with_the_cache_equals_the_full_pass(mode, context, stride, K, mo
                 now = torch.cat([*so_far, model.state_tokens(own[0][:, t : t + 1], T)], dim=1)
             mean, log_std, _ = model.act(torch.cat([*past, now], dim=1))
             means[e, i, t], deviations[e, i, t] = mean[0, -1], log_std[0, -1].exp()
-            near(lived[e][1][i, t], (mean[0, -1] + deviations[e, i, t] * noise[e, t, i]).clamp(-1, 1), 1e-4)
+            near(acted[e][1][i, t], (mean[0, -1] + deviations[e, i, t] * noise[e, t, i]).clamp(-1, 1), 1e-4)
     assert means.std(2).min() > 0.005 and deviations.std(2).min() > 0.001  # the policy is not constant
     if context != "hidden" and K > 1:  # choosing and sorting had work to do
         assert (moved or K == 2) and (selected or (mode, K) == ("ad", 2))
@@ -1415,7 +1415,7 @@ def test_the_held_out_loss_equals_one_pass_for_each_prediction(mode, context, fo
     Without dropout, and the model stays in training mode.
     """
     model = tiny_model(mode, dropout=0.3, stride=5, queries=4).train()
-    c, x, kept, wanted, amount = model.config, training_arrays(folder), slice(0, None, 5), [], []
+    c, x, kept, expected, amount = model.config, training_arrays(folder), slice(0, None, 5), [], []
     seen, losses = t2mir.held_out_loss(model, x, context, batches=4)
     assert model.training
     model.eval()
@@ -1437,9 +1437,9 @@ def test_the_held_out_loss_equals_one_pass_for_each_prediction(mode, context, fo
                     batch[key][b, part] = x[key][task - 1, x["by_return"][task - 1, rank], kept]
         if context != "hidden":
             mean, log_std = one_by_one(model, batch)
-        wanted.append(t2mir.neg_log_prob(batch["targets"], mean, log_std).mean(-1).flatten())
+        expected.append(t2mir.neg_log_prob(batch["targets"], mean, log_std).mean(-1).flatten())
     np.testing.assert_array_equal(seen, torch.cat(amount))
-    np.testing.assert_allclose(losses, torch.cat(wanted), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(losses, torch.cat(expected), rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()
@@ -2005,7 +2005,7 @@ def test_comparison_of_runs(folder, tmp_path, capsys):
 # Bad input
 
 
-# What stands before the bar are the flags of t2mir.py; behind it, what the message must name.
+# What stands before the threshold are the flags of t2mir.py; behind it, what the message must name.
 TRAIN = """
 --env nope | nope.npz
 --mode nope | --mode nope
@@ -2121,9 +2121,9 @@ def test_flags_make_the_config(monkeypatch):
     for env, mode in [*t2mir.PRESETS, ("point_robot", "dpt"), ("my_robot", "ad"), ("my_robot", "dpt")]:
         call_main(monkeypatch, *flags.split(), "--env", env, "--mode", mode)
         assert configs[-1] == t2mir.preset(env, mode, **given)
-        wanted = {f.name: f.default for f in dataclasses.fields(Config)} | t2mir.PRESETS.get((env, mode), {})
-        wanted |= {"env": env, "mode": mode, **given}
-        assert all(getattr(configs[-1], k) == v for k, v in wanted.items() if v != "auto")
+        expected = {f.name: f.default for f in dataclasses.fields(Config)} | t2mir.PRESETS.get((env, mode), {})
+        expected |= {"env": env, "mode": mode, **given}
+        assert all(getattr(configs[-1], k) == v for k, v in expected.items() if v != "auto")
     assert configs[-1].steps == 2000 and t2mir.preset("my_robot", "ad").w_imp == 0.01
     assert all(t2mir.preset(env, mode).context == (1 if mode == "dpt" else 4) for env, mode in t2mir.PRESETS)
 
