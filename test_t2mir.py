@@ -20,6 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium
+import imageio.v3 as imageio
 import mujoco
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import t2mir
 from collect import PRESETS, BadInput, BatchedSAC, Collection, Settings, claim, collect, load, write_atomically
 from envs import ENVS, TaskVec, make_vec, sample_tasks
-from experiments import figures, routing
+from experiments import figures, routing, watch
 from experiments.bench_collect import flops_of_update
 from t2mir import BACKBONES, T2MIR, Config, TaskMoE, TokenMoE, evaluate, prefix_mean
 
@@ -1981,6 +1982,23 @@ def test_routing_picture_or_the_reason_why_not(folder, tmp_path, capsys):
         else:
             with pytest.raises(BadInput, match=said):
                 routing.main(run, tmp_path)
+
+
+@pytest.mark.parametrize("name", ENVS)
+def test_a_gif_shows_the_episodes_that_the_agent_acts(name, folder, tmp_path, monkeypatch):
+    """Its panels say the scores of `evaluate`, and its pictures differ from each other."""
+    run = short_run("ad", folder, tmp_path, env=name, batch=2, steps=1, stride=10, eval_every=1, eval_episodes=1)
+    with np.load(run / "result.npz") as result:
+        tasks = result["tasks"][:1]
+    states, returns = watch.act(t2mir.load_agent(run), tasks, 2)
+    np.testing.assert_array_equal(returns, evaluate(t2mir.load_agent(run), tasks, 2, seed=1))
+    vec = make_vec(name, tasks)
+    vec.reset(seed=0)
+    assert states.shape == (2, vec.horizon + 1, 1, vec.state.shape[1])
+    monkeypatch.setattr(watch, "act", lambda *given: (states[:1, :5], returns[:1]))
+    watch.main(run, tasks=1, episodes=1, out=tmp_path)
+    frames = imageio.imread(tmp_path / "run.gif")
+    assert len(frames) >= 3 and (frames[0] != frames[1]).any() and (frames[1] != frames[2]).any()
 
 
 def test_comparison_of_runs(folder, tmp_path, capsys):
