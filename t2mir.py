@@ -75,7 +75,7 @@ class Config:
     context: int = 4  # context: episodes, with the running one in AD (K)
     stride: int = 1  # context: every n-th step of a finished episode is kept
     queries: int = 40  # context: queries trained on each DPT prompt (Q)
-    steps: int = 2_000  # training: steps
+    steps: int = 3_000  # training: steps
     batch: int = 32  # training: sequences in a batch of each process, two from each of batch / 2 tasks (B)
     lr: float = 3e-3  # training: peak learning rate of AdamW
     warmup: int = 100  # training: steps of linear warm-up, followed by a cosine to zero

@@ -3,9 +3,9 @@
     python experiments/watch.py RUN [--tasks 3] [--episodes 3] [--out FOLDER]
 
 Point-Robot: the path of each episode and the goal, which the agent is not shown. HalfCheetah and Walker2d: the robot
-from the side, drawn from the simulator's own capsules, and below it the speed and its target (HalfCheetah) or
-the distance walked (Walker2d). Above each panel stands the score of the episode: 0 is a random agent, 1 the task's expert. The
-tasks are evenly spaced among the held-out tasks of the run, on HalfCheetah by their target velocity.
+from the side, drawn from the simulator's own capsules, and below it the speed and its target (HalfCheetah) or the
+distance walked (Walker2d). Above each panel stands the score of the episode: 0 is a random agent, 1 the task's expert.
+The tasks are evenly spaced among the held-out tasks of the run, on HalfCheetah by their target velocity.
 """
 
 import sys
