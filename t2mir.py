@@ -119,7 +119,7 @@ PRESETS = {
     ("point_robot", "dpt"): dict(context=1),
     ("point_robot", "ad"): dict(BALANCE, batch=16, steps=6_000, eval_every=2_000),
     ("cheetah_vel", "dpt"): dict(MUJOCO, context=1, lr=4e-3, n_layers=4),
-    ("cheetah_vel", "ad"): dict(MUJOCO, **BALANCE, lr=4e-3, batch=8),
+    ("cheetah_vel", "ad"): dict(MUJOCO, **BALANCE, lr=4e-3, batch=8, steps=2_000),
     ("walker_param", "dpt"): dict(MUJOCO, context=1, lr=1e-3, n_layers=4),
     ("walker_param", "ad"): dict(MUJOCO, **BALANCE, lr=1e-3, batch=8),
 }
