@@ -3,7 +3,8 @@
     python experiments/fresh_tasks.py RUN [RUN ...] [--tasks 100] [--seed 0] [--context hidden] [--csv FILE]
 
 Several runs (seeds) of one agent act in the same tasks, and a task's return is the mean over the runs. Behind each mean
-stands its 95% interval, bootstrapped over the tasks; it says nothing about the runs.
+stands its 95% interval, bootstrapped over the tasks, which says nothing about the runs, and with two or more runs the
+standard error over the runs.
 """
 
 import csv
@@ -50,18 +51,21 @@ def main(
         raise BadInput(f"{env} has no simulator in envs.py")
     fresh = sample_tasks(env, tasks, [seed, 2])  # a stream of its own: the seed of a dataset is one number
     returns = [t2mir.evaluate(agent, fresh, agent.config.eval_episodes, seed, context) for agent in agents]
+    by_run = np.mean(returns, axis=2)  # (runs, episodes)
+    errors = by_run.std(0, ddof=1) / len(runs) ** 0.5 if len(runs) > 1 else np.full(by_run.shape[1], np.nan)
     returns = np.mean(returns, axis=0)  # (episodes, tasks)
     random = average_return(env, fresh, None, 1, seed, "cpu")
     names = " ".join(str(run) for run in runs)
-    print(f"{names}: {env}, context {context}, {tasks} fresh tasks of seed {seed}; mean return, 95% interval")
+    print(f"{names}: {env}, context {context}, {tasks} fresh tasks of seed {seed}")
+    print("            mean return   95% interval over tasks   standard error over runs")
     rows = []
-    for episode, of_task in [("random", random), *enumerate(returns, 1)]:
+    for episode, of_task, error in [("random", random, np.nan), *zip(range(1, 1 + len(returns)), returns, errors)]:
         ends = bootstrap((of_task,), np.mean, method="percentile", rng=0).confidence_interval
         print(f"{episode if episode == 'random' else f'episode {episode}':12}", end="")
-        print(f"{of_task.mean():9.2f}   {ends.low:9.2f} to {ends.high:.2f}")
-        rows.append((names, env, context, tasks, seed, episode, *(f"{r:.6g}" for r in (of_task.mean(), *ends))))
+        print(f"{of_task.mean():9.2f}   {ends.low:9.2f} to {ends.high:.2f}" + f"   {error:9.2f}" * np.isfinite(error))
+        rows.append((names, env, context, tasks, seed, episode, *(f"{r:.6g}" for r in (of_task.mean(), *ends, error))))
     if csv is not None:
-        append(csv, ("runs", "env", "context", "tasks", "seed", "episode", "return", "low", "high"), rows)
+        append(csv, ("runs", "env", "context", "tasks", "seed", "episode", "return", "low", "high", "error"), rows)
 
 
 def append(path, header, rows):
