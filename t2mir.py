@@ -807,8 +807,7 @@ def report(folder, model, data, tasks, x):
         amount = np.array([seen[group].mean() for group in groups])
     write_atomically(folder / "result.npz", lambda file: np.savez(file, amount=amount, **result, **more))
     from matplotlib.figure import Figure  # here, because it is slow to import
-    fig = Figure(figsize=(5, 3.4), layout="tight")
-    ax = fig.subplots()
+    ax = (fig := Figure(figsize=(5, 3.4), layout="tight")).subplots()
     title = "mean score: 0 is a random agent, 1 the expert" if more else labels[1]
     print(f"{title}\n{labels[0] + ':':25}" + "".join(f"{n:7.0f}" for n in amount))
     for (context, y), color in zip(result.items(), ("C0", "C7", "C3")):  # (amounts, tasks)
@@ -822,7 +821,8 @@ def report(folder, model, data, tasks, x):
     ax.set(xlabel=labels[0], ylabel=labels[1], title=folder.name)
     ax.legend(fontsize=7)
     write_atomically(folder / "incontext.png", lambda file: fig.savefig(file, dpi=150, format="png"))
-    print(f"picture: {folder / 'incontext.png'}")
+    watch = f", moving pictures: python experiments/watch.py {folder}" if more else ""
+    print(f"picture: {folder / 'incontext.png'}{watch}")
 
 def main():
     first = argparse.ArgumentParser(allow_abbrev=False, add_help=False)

@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import t2mir
 from collect import PRESETS, BadInput, BatchedSAC, Collection, Settings, claim, collect, load, write_atomically
 from envs import ENVS, TaskVec, make_vec, sample_tasks
-from experiments import figures, routing, watch
+from experiments import figures, fresh_tasks, routing, watch
 from experiments.bench_collect import flops_of_update
 from t2mir import BACKBONES, T2MIR, Config, TaskMoE, TokenMoE, evaluate, prefix_mean
 
@@ -1982,6 +1982,19 @@ def test_routing_picture_or_the_reason_why_not(folder, tmp_path, capsys):
         else:
             with pytest.raises(BadInput, match=said):
                 routing.main(run, tmp_path)
+
+
+def test_returns_in_fresh_tasks(folder, tmp_path, capsys):
+    """The file has the mean returns of two runs and their standard error over the runs, computed here by hand."""
+    runs = [short_run("dpt", folder, tmp_path, name=f"seed{seed}", seed=seed) for seed in (0, 1)]
+    fresh_tasks.main(tuple(runs), tasks=3, csv=tmp_path / "fresh.csv")
+    fresh = sample_tasks("point_robot", 3, [0, 2])
+    a, b = (evaluate(t2mir.load_agent(run), fresh, 2).mean(1) for run in runs)
+    with open(tmp_path / "fresh.csv") as file:
+        table = list(csv.DictReader(file))
+    assert [row["episode"] for row in table] == ["random", "1", "2"]
+    assert [float(row["return"]) for row in table[1:]] == pytest.approx((a + b) / 2, rel=1e-4)
+    assert [float(row["error"]) for row in table[1:]] == pytest.approx(abs(a - b) / 2, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ENVS)

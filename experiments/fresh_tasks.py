@@ -62,7 +62,7 @@ def main(
     for episode, of_task, error in [("random", random, np.nan), *zip(range(1, 1 + len(returns)), returns, errors)]:
         ends = bootstrap((of_task,), np.mean, method="percentile", rng=0).confidence_interval
         print(f"{episode if episode == 'random' else f'episode {episode}':12}", end="")
-        print(f"{of_task.mean():9.2f}   {ends.low:9.2f} to {ends.high:.2f}" + f"   {error:9.2f}" * np.isfinite(error))
+        print(f"{of_task.mean():9.2f}   {ends.low:9.2f} to {ends.high:6.2f}   {error:9.2f}")
         rows.append((names, env, context, tasks, seed, episode, *(f"{r:.6g}" for r in (of_task.mean(), *ends, error))))
     if csv is not None:
         append(csv, ("runs", "env", "context", "tasks", "seed", "episode", "return", "low", "high", "error"), rows)
