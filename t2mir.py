@@ -662,7 +662,7 @@ def open_dataset(c):
     """The dataset data/ENV.npz, collected if it is missing, and two masks (N,): tasks to train on, held-out tasks."""
     path = Path(c.data) / f"{c.env}.npz"
     if not path.exists() and c.env in ENVS and not c.resume and "RANK" not in os.environ:
-        print(f"{path} is missing: collecting it, which takes half a minute for point_robot and far longer for others")
+        print(f"{path} is missing: collecting it, in one or two minutes for point_robot, far longer for the others")
         collect(c.env, out=c.data)
     data = load(path)
     train, held_out = ~data["test"], data["test"]
