@@ -477,7 +477,7 @@ def tensors(data, tasks, device):
     x.setdefault("learner_actions", x["actions"])
     x["by_return"] = x["rewards"].sum(-1).argsort(dim=1, stable=True)  # (tasks, E), the best one last
     guest = torch.as_tensor(data.get("guest", np.zeros(x["rewards"].shape[1], bool)), device=device)
-    later = torch.arange(len(guest), device=device) >= len(guest) // 2
+    later = torch.arange(len(guest), device=device) >= len(guest) * 3 // 4  # the learner's best policies
     x["own"] = (later & ~guest if (later & ~guest).any() else later).nonzero()[:, 0]
     labelled = "learner_actions" in data and (later & guest).any()
     x["guests"] = (later & guest).nonzero()[:, 0] if labelled else x["own"]
@@ -486,8 +486,8 @@ def tensors(data, tasks, device):
 class AD:
     """Algorithm Distillation (Laskin et al. 2023) imitates a learning agent and continues the improvement it sees.
 
-    The context is 0 to K - 1 finished episodes from the worse part of a learning history, and an episode of its later
-    half is predicted. Half of these are a guest agent's, and the target is what the learner would have done: its own
+    The context is 0 to K - 1 finished episodes from the worse part of a learning history, and an episode of its last
+    quarter is predicted. Half of these are a guest agent's, and the target is what the learner would have done: its own
     past actions would give the next one away, and nothing would have to be inferred from the rewards.
     """
     @staticmethod

@@ -992,8 +992,8 @@ BATCHES = [("ad", 1, False), ("ad", 3, True), ("dpt", 1, True), ("dpt", 3, True)
 def test_batches(mode, stride, learner, folder):
     """Two sequences of each of batch / 2 distinct training tasks, with contexts and targets as the data has them.
 
-    AD: none, one and two finished episodes in turn, every stride-th step of each, then a whole episode of the later
-    half, on which alone there are targets: the learner's actions where the data has them, the running episode then
+    AD: none, one and two finished episodes in turn, every stride-th step of each, then a whole episode of the last
+    quarter, on which alone there are targets: the learner's actions where the data has them, the running episode then
     being a guest's too, or else the actions taken. DPT: a prompt of three episodes, every stride-th step of each, and
     queries from all episodes. Finished episodes are sorted by return.
     """
@@ -1041,11 +1041,13 @@ def test_batches(mode, stride, learner, folder):
             finished_seen |= set(places)
         seen |= set(batch["seen"].flatten().tolist())
     E, length = parts[0].shape[1], len(range(0, 20, stride))
-    assert tasks_seen == set(range(5)) and finished_seen == set(range(E))
+    assert tasks_seen == set(range(5))
+    assert finished_seen == set(range(E)) - (running_seen if len(running_seen) == 1 else set())  # never its own context
     if mode == "ad":
         assert seen == {n * length + t for n in range(3) for t in range(20)}
-        assert running_seen == {e for e in range(E // 2, E) if learner or not data["guest"][e]}
-        assert data["guest"][E // 2 :].any() and not data["guest"][E // 2 :].all()
+        last_quarter = range(E * 3 // 4, E)
+        assert running_seen == {e for e in last_quarter if learner or not data["guest"][e]}
+        assert data["guest"][last_quarter].any() and not data["guest"][last_quarter].all()
     else:
         assert seen == set(range(3 * length + 1)) and asked == set(np.ndindex(E, 20))
 
@@ -1062,7 +1064,7 @@ def numbered_data(N, E, T, **more):
 @pytest.mark.parametrize("guests", [False, True])
 @pytest.mark.parametrize("learner", [False, True])
 def test_places_of_episodes(learner, guests):
-    """Episodes by return, the best one last, the own ones of the later half, and the guests' if they can be used."""
+    """Episodes by return, the best one last, the own ones of the last quarter, and the guests' if they can be used."""
     data = numbered_data(6, 9, 4)
     guest = np.array([1, 0, 1, 0, 1, 0, 1, 1, 0], bool)
     data |= {"learner_actions": -data["actions"]} if learner else {}
@@ -1074,7 +1076,7 @@ def test_places_of_episodes(learner, guests):
     np.testing.assert_array_equal(x["learner_actions"], (-1 if learner else 1) * data["actions"][tasks])
     for returns, order in zip(data["rewards"][tasks].sum(-1), x["by_return"]):
         assert order.tolist() == sorted(range(9), key=lambda e: returns[e])
-    later = range(4, 9)
+    later = range(6, 9)
     own = [e for e in later if not (guests and guest[e])]
     assert x["own"].tolist() == own
     assert x["guests"].tolist() == ([e for e in later if guest[e]] if learner and guests else own)
@@ -1092,8 +1094,8 @@ def test_how_often_ad_draws_an_episode():
     How often each pair of places occurs is what a loop of the same draws counts. Of the running episodes each own one
     is as frequent as any other own one, and each guest as any other guest.
     """
-    N, E, T, rng = 200, 8, 2, np.random.default_rng(0)
-    data = numbered_data(N, E, T, guest=np.array([0, 1, 0, 0, 0, 1, 0, 0], bool))
+    N, E, T, rng = 200, 12, 2, np.random.default_rng(0)
+    data = numbered_data(N, E, T, guest=np.array([0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0], bool))
     data["learner_actions"] = data["actions"]
     x, c = t2mir.tensors(data, np.ones(N, bool), "cpu"), tiny("ad", context=3)
     torch.manual_seed(0)
@@ -1105,12 +1107,12 @@ def test_how_often_ad_draws_an_episode():
     draws = 2 * N * rounds
     ranks = x["by_return"].argsort(dim=1).numpy()  # [task, episode] -> place by return
     for _ in range(draws):
-        acted = rng.choice([4, 6, 7]) if rng.uniform() < 0.5 else 5  # the running episode is not in its own context
+        acted = rng.choice([9, 11]) if rng.uniform() < 0.5 else 10  # the running episode is not in its own context
         others, r = rng.permutation([i for i in range(E) if i != ranks[rng.integers(N), acted]]), rng.uniform(0, E)
         worst = [i for i in others if i < r] + [i for i in others if i >= r]  # better ones only if there are too few
         slow[min(worst[:2]), max(worst[:2])] += 1
     assert pairs.sum() == draws and (abs(pairs - slow) < 5 * np.sqrt(2 * slow + 10)).all()
-    expected = np.array([0, 0, 0, 0, 1 / 6, 1 / 2, 1 / 6, 1 / 6]) * draws
+    expected = np.array([0] * 9 + [1 / 4, 1 / 2, 1 / 4]) * draws
     assert (abs(running - expected) <= 5 * np.sqrt(expected)).all()
 
 
