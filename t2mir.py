@@ -477,18 +477,18 @@ def tensors(data, tasks, device):
     x.setdefault("learner_actions", x["actions"])
     x["by_return"] = x["rewards"].sum(-1).argsort(dim=1, stable=True)  # (tasks, E), the best one last
     guest = torch.as_tensor(data.get("guest", np.zeros(x["rewards"].shape[1], bool)), device=device)
-    later = torch.arange(len(guest), device=device) >= len(guest) * 3 // 4  # the learner's best policies
-    x["own"] = (later & ~guest if (later & ~guest).any() else later).nonzero()[:, 0]
-    labelled = "learner_actions" in data and (later & guest).any()
-    x["guests"] = (later & guest).nonzero()[:, 0] if labelled else x["own"]
+    last = torch.arange(len(guest), device=device) >= len(guest) - max(1, min(len(guest) // 4, 40))
+    x["own"] = (last & ~guest if (last & ~guest).any() else last).nonzero()[:, 0]
+    labelled = "learner_actions" in data and (last & guest).any()
+    x["guests"] = (last & guest).nonzero()[:, 0] if labelled else x["own"]
     return x
 
 class AD:
     """Algorithm Distillation (Laskin et al. 2023) imitates a learning agent and continues the improvement it sees.
 
-    The context is 0 to K - 1 finished episodes from the worse part of a learning history, and an episode of its last
-    quarter is predicted. Half of these are a guest agent's, and the target is what the learner would have done: its own
-    past actions would give the next one away, and nothing would have to be inferred from the rewards.
+    The context is 0 to K - 1 finished episodes from the worse part of a learning history. An episode of the last quarter
+    (at most the last 40), where the learner is best, is predicted. Half of these are a guest's, and the target is what
+    the learner would have done: its own past actions would give the next one away, and no reward would be needed.
     """
     @staticmethod
     def batch(c, x, step, size, remembered=None):

@@ -1076,10 +1076,12 @@ def test_places_of_episodes(learner, guests):
     np.testing.assert_array_equal(x["learner_actions"], (-1 if learner else 1) * data["actions"][tasks])
     for returns, order in zip(data["rewards"][tasks].sum(-1), x["by_return"]):
         assert order.tolist() == sorted(range(9), key=lambda e: returns[e])
-    later = range(6, 9)
-    own = [e for e in later if not (guests and guest[e])]
+    last = range(7, 9)
+    own = [e for e in last if not (guests and guest[e])]
     assert x["own"].tolist() == own
-    assert x["guests"].tolist() == ([e for e in later if guest[e]] if learner and guests else own)
+    assert x["guests"].tolist() == ([e for e in last if guest[e]] if learner and guests else own)
+    for E, first in ((1, 0), (3, 2), (80, 60), (400, 360)):
+        assert t2mir.tensors(numbered_data(2, E, 2), np.ones(2, bool), "cpu")["own"].tolist() == list(range(first, E))
 
 
 def ranks_of(batch, x, length, n):
