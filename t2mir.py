@@ -487,8 +487,8 @@ class AD:
     """Algorithm Distillation (Laskin et al. 2023) imitates a learning agent and continues the improvement it sees.
 
     The context is 0 to K - 1 finished episodes from the worse part of a learning history. An episode of its last
-    quarter (at most the last 40) is predicted, where the learner is best. Half of these are a guest's, and the target is what
-    the learner would have done: its own past actions would give the next one away, and no reward would be needed.
+    quarter (at most the last 40), where the learner is best, is predicted. Half of these are a guest's, and the target
+    is what the learner would have done: its own past actions and states would give the next action away.
     """
     @staticmethod
     def batch(c, x, step, size, remembered=None):
