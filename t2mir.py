@@ -195,8 +195,8 @@ class Routing(NamedTuple):
     logits: torch.Tensor  # (..., E) before noise
     gates: torch.Tensor  # (..., k) weights of the chosen experts, which sum to 1
     chosen: torch.Tensor  # (..., k) their indices
-    importance: torch.Tensor  # (..., E) the gates, each in the place of its expert
-    load: torch.Tensor | None  # (..., E) P(expert is among the top k), while training with noise
+    importance: torch.Tensor  # (..., E) the gates by expert; their sum over tokens is Imp
+    load: torch.Tensor | None  # (..., E) P(expert is among the top k), with noise; the sum is Load
 
 class MoE(nn.Module):
     """A router, which chooses `config.top_k` of `num_experts` experts for each token, and these experts.
@@ -260,7 +260,7 @@ def prefix_mean(h, prefix=None, past_sum=0.0, past=0):
     """Mean of the layer's inputs over the tokens that each token may attend to, itself included: (B, L, d_model).
 
     A mean over the whole sequence, as in some of the authors' configs, would show AD's router the rest of the episode,
-    which is not there when the agent acts: a score of 0.38, not 0.62, on HalfCheetah. DPT hardly suffers, since its
+    which is not there when the agent acts: it scored 0.38 instead of 0.62 on HalfCheetah. DPT hardly suffers, since its
     prompt is finished. `prefix` and `past` are as in `attention_mask`, past_sum (B, d_model) is the sum over the past.
     """
     Q = 0 if prefix is None else prefix.shape[1]
@@ -304,7 +304,7 @@ def info_nce(z, k, W, task_ids):
 def neg_log_prob(actions, mean, log_std):
     """-log P of actions under a Gaussian policy, up to a constant, for each action dimension: (..., act_dim).
 
-    Targets without noise make the deviation what the agent does not know: it explores until it knows its task.
+    Where targets have no noise, the deviation is what the agent does not know: it explores until it knows its task.
     """
     return ((actions - mean) * (-log_std).exp()).square() / 2 + log_std
 
@@ -452,7 +452,7 @@ class Cache:
         return mean[:, 0], log_std[:, 0].exp()
 
     def fill(self, model, memory, keep, newest=False):
-        """Replaces the past by the best `keep` episodes of `memory`, the best one last; `newest` keeps the newest too.
+        """Replaces the past by the best `keep` episodes of `memory`, the best last; with `newest`, one is the newest.
 
         An episode is (states, actions, rewards), each (N, T, ...), of which every `stride`-th step is kept.
         """
@@ -486,9 +486,9 @@ def tensors(data, tasks, device):
 class AD:
     """Algorithm Distillation (Laskin et al. 2023) imitates a learning agent and continues the improvement it sees.
 
-    The context is 0 to K - 1 finished episodes from the worse part of a learning history. An episode of its last
-    quarter (at most the last 40), where the learner is best, is predicted. Half of these are a guest's, and the target
-    is what the learner would have done: its own past actions and states would give the next action away.
+    The context is 0 to K - 1 finished episodes, mostly bad ones, of a task's learning history. An episode of the last
+    quarter (at most the last 40) is predicted. In half of these a guest acts, another task's agent, and the target is
+    what the learner would have done: the learner's own past actions would give its next one away.
     """
     @staticmethod
     def batch(c, x, step, size, remembered=None):
@@ -500,12 +500,12 @@ class AD:
         """
         (N, E, T), device, remembered = x["rewards"].shape, x["rewards"].device, remembered or x
         task = torch.rand(N, device=device).argsort()[: size // 2].repeat(2)  # two sequences of each task
-        n = step % c.context  # finished episodes, in turn
+        n = step % c.context  # 0 to K - 1 finished episodes
         own, guest = (x[k][torch.randint(len(x[k]), (size, 1), device=device)] for k in ("own", "guests"))
         running = torch.where(torch.rand(size, 1, device=device) < 0.5, guest, own)  # (B, 1)
-        # Finished episodes: n of the r worst (r uniform), then others if r < n; never the running one.
-        last = torch.arange(E, device=device) >= torch.rand(size, 1, device=device) * E  # (B, E), by return
-        score = torch.rand(size, E, device=device) + last + 2 * (x["by_return"][task] == running)
+        # The finished episodes are n of the r worst, r uniform; of the others if r < n; never the running one.
+        others = torch.arange(E, device=device) >= torch.rand(size, 1, device=device) * E  # (B, E), by return
+        score = torch.rand(size, E, device=device) + others + 2 * (x["by_return"][task] == running)
         place = score.topk(n, largest=False).indices.sort(dim=1).values
         episode = remembered["by_return"][task].gather(1, place)  # (B, n), the best one last
         kept, whole = torch.arange(0, T, c.stride, device=device), torch.arange(T, device=device)
@@ -598,7 +598,7 @@ CONTROLS = {"own": "own context", "hidden": "context hidden", "other": "context 
 def evaluate(model, tasks, episodes, seed=0, context="own"):
     """Acts in `tasks` (N, task_dim), all together, without any weight update; returns (episodes, N).
 
-    Controls: context "other" has the episodes of the task before, "hidden" is emptied before every action.
+    Controls: context "other" has the finished episodes of the task before, "hidden" is emptied before each action.
     """
     c, device, was_training = model.config, model.state_mean.device, model.training
     agent, memory = BACKBONES[c.mode](model.eval(), len(tasks)), []  # memory: the finished episodes
@@ -650,7 +650,7 @@ def normalised(returns, data, tasks):
     return (returns - low) / np.where(high > low, high - low, np.nan)
 
 def measure(model, data, tasks, x):
-    """The loss on the held-out `tasks` (bool mask; arrays `x`), and the last episode's return and score, as a dict."""
+    """The mean -log P on the held-out `tasks` (bool mask; arrays `x`), the last episode's return and score: a dict."""
     numbers = {"heldout": float(held_out_loss(model, x)[1].mean())}
     if data["simulator"]:
         returns = evaluate(model, data["tasks"][tasks], model.config.eval_episodes)[-1]
@@ -749,7 +749,7 @@ def fit(model, learner, optimizer, x, state, folder, rank, evaluation):
     bar = tqdm(range(first, c.steps), folder.name, c.steps, initial=first, disable=True if rank else None)
     model.train()
     for step in bar:
-        # All random numbers of a step follow from seed, step and process, so a resumed run is exact (on a CPU).
+        # All random numbers of a step follow from seed, step and process, so a resumed run needs no generator's state.
         torch.manual_seed(int(np.random.SeedSequence([c.seed, step, rank]).generate_state(1)[0]))
         batch = BACKBONES[c.mode].batch(c, x, step, c.batch)
         falling = 0.5 * (1 + math.cos(math.pi * (step - c.warmup) / max(1, c.steps - c.warmup)))

@@ -2186,7 +2186,7 @@ def test_flags_make_the_config(monkeypatch):
         expected = {f.name: f.default for f in dataclasses.fields(Config)} | t2mir.PRESETS.get((env, mode), {})
         expected |= {"env": env, "mode": mode, **given}
         assert all(getattr(configs[-1], k) == v for k, v in expected.items() if v != "auto")
-    assert configs[-1].steps == 2000 and t2mir.preset("my_robot", "ad").w_imp == 0.01
+    assert configs[-1].steps == 3000 and t2mir.preset("my_robot", "ad").w_imp == 0.01
     assert all(t2mir.preset(env, mode).context == (1 if mode == "dpt" else 4) for env, mode in t2mir.PRESETS)
 
 
