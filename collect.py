@@ -3,22 +3,22 @@
     python collect.py --env point_robot
 
 Every network has a leading agent dimension, so 60 agents cost one set of kernels and no code loops over tasks.
-The file holds N tasks with E stored episodes of T steps each (float32 unless another type is given):
+The file holds N tasks with E stored episodes of T steps each, in any type of number; float32 is what is used:
 
     states           (N, E, T, obs_dim)   E whole episodes in the order in which the agent experienced them
     actions          (N, E, T, act_dim)   the actions taken, in [-1, 1]
     rewards          (N, E, T)
-    test             (N,) bool            tasks that in-context training never sees; at least one task of each kind
+    test             (N,) bool            tasks that in-context training never sees: some of the tasks, but not all
     expert_actions   (N, E, T, act_dim)   what the trained agent does in `states`, without noise: DPT's targets
-    learner_actions  (N, E, T, act_dim)   what the agent of that moment would have done, without noise: AD's targets
+    learner_actions  (N, E, T, act_dim)   what the agent of that moment would have done, without noise: AD's targets,
+                                          which are `actions` where this array is missing
     guest            (E,) bool            episodes in which the agent of another task acted
     tasks            (N, task_dim)        float64, one row per task, see envs.py
     random_return    (N,) float64         mean return of uniformly random actions: a score of 0
     expert_return    (N,) float64         mean return of the trained agent without noise: a score of 1
     info             str                  JSON: the settings and the library versions
 
-The first four arrays are enough for AD, `expert_actions` as well for DPT: any robot's data in this form will do. The
-other arrays belong to the simulators of envs.py.
+The first four arrays are enough for AD, with `expert_actions` for DPT as well. The others belong to envs.py.
 """
 
 import argparse

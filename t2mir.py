@@ -114,19 +114,18 @@ class Config:
 # The sizes are those of a laptop. The paper's: d_model 128 (AD on MuJoCo 256), 8 heads (DPT on MuJoCo 4), stride 1,
 # batch 32 (AD on MuJoCo 24), dropout 0.05, learning rate 3e-4, 10,000 steps of warm-up in 100,000 steps.
 MUJOCO = dict(d_model=128, stride=8, steps=1_000, eval_every=250)
-BALANCE = dict(w_imp=0.1, w_load=0.1)
+BY_MODE = {"dpt": dict(context=1), "ad": dict(w_imp=0.1, w_load=0.1)}
 PRESETS = {
-    ("point_robot", "dpt"): dict(context=1),
-    ("point_robot", "ad"): dict(BALANCE, batch=16, steps=6_000, eval_every=2_000),
-    ("cheetah_vel", "dpt"): dict(MUJOCO, context=1, lr=4e-3, n_layers=4),
-    ("cheetah_vel", "ad"): dict(MUJOCO, **BALANCE, lr=4e-3, batch=8, steps=2_000),
-    ("walker_param", "dpt"): dict(MUJOCO, context=1, lr=1e-3, n_layers=4),
-    ("walker_param", "ad"): dict(MUJOCO, **BALANCE, lr=1e-3, batch=8),
+    ("point_robot", "ad"): dict(batch=16, steps=6_000, eval_every=2_000),
+    ("cheetah_vel", "dpt"): dict(MUJOCO, lr=4e-3, n_layers=4),
+    ("cheetah_vel", "ad"): dict(MUJOCO, lr=4e-3, batch=8, steps=2_000),
+    ("walker_param", "dpt"): dict(MUJOCO, lr=1e-3, n_layers=4),
+    ("walker_param", "ad"): dict(MUJOCO, lr=1e-3, batch=8),
 }
 
 def preset(env="point_robot", mode="dpt", **given):
-    """The Config of `env` and `mode`, with the fields in `given` on top; other families have the base defaults."""
-    return Config(**{"env": env, "mode": mode, **PRESETS.get((env, mode), {}), **given})
+    """The Config of `env` and `mode`, with the fields in `given` on top; own data has the defaults of its mode."""
+    return Config(**{"env": env, "mode": mode, **BY_MODE.get(mode, {}), **PRESETS.get((env, mode), {}), **given})
 
 # ---- Attention, experts and routers ----------------------------------------------------------------------------------
 def attention_mask(length, prefix=None, past=0, device=None):
@@ -406,8 +405,8 @@ class T2MIR(nn.Module):
         mean, log_std, routed = BACKBONES[self.config.mode].predict(self, batch)  # (B, ., act_dim)
         # The weight is the deviation, held constant. Without it the mean learns most where the agent is sure already;
         # with the variance it would learn as from squared errors. This lies between (beta-NLL, Seitzer et al. 2022).
-        weight = log_std.detach().exp()
-        losses = defaultdict(float, action=(weight * neg_log_prob(batch["targets"], mean, log_std)).mean())
+        nll = neg_log_prob(batch["targets"], mean, log_std)  # its mean is logged, to be compared with `heldout`
+        losses = defaultdict(float, action=(nll * log_std.detach().exp()).mean(), nll=nll.mean())
         end = 3 * batch["states"].shape[1] - 1  # the last token of the context
         for r in routed if self.training else ():
             if "token" in r:  # (2) balance loss: w_imp CV(Imp)^2 + w_load CV(Load)^2
@@ -671,7 +670,7 @@ def open_dataset(c):
         train = train & ~held_out
     require(c.mode == "ad" or "expert_actions" in data, f"{path}: DPT needs `expert_actions`; --mode ad does without")
     require(c.context <= data["rewards"].shape[1], f"--context {c.context} is more than the episodes of a task")
-    require(c.batch // 2 <= train.sum(), f"--batch {c.batch} needs {c.batch // 2} training tasks, not {train.sum()}")
+    require(c.batch // 2 <= train.sum(), f"--batch {c.batch} is more than twice the {train.sum()} training tasks")
     return data, train, held_out
 
 def new_model(c, data, train):
@@ -681,7 +680,7 @@ def new_model(c, data, train):
     states = data["states"][train].reshape(-1, sizes["obs_dim"])
     mean, std = states.mean(0, dtype=np.float64), states.std(0, dtype=np.float64)
     scale = abs(states).max(0)  # a dimension that hardly moves is divided by its size, so that it is not blown up
-    std = np.where(std > 1e-3 * scale, std, np.where(scale > 0, scale, 1))
+    std = np.where(std > 1e-5 * scale, std, np.where(scale > 0, scale, 1))
     model = T2MIR(c, sizes)
     model.state_mean, model.state_std = torch.tensor(np.stack([mean, std]), dtype=torch.float32)
     return model.to(c.device)

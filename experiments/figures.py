@@ -30,7 +30,7 @@ MOE = {"token_moe", "task_moe", "token_experts", "task_experts", "top_k", "w_imp
 
 
 def read(folder):
-    """A finished run as a dict: what its folder holds, its agent and the agent's dense baseline, and the scores."""
+    """A finished run as a dict: what its folder holds, its agent, the agent's dense baseline, the scores; else None."""
     try:
         config = json.loads((folder / "config.json").read_text())
         log = list(csv.DictReader((folder / "log.csv").read_text().splitlines()))
@@ -39,7 +39,7 @@ def read(folder):
     except (OSError, ValueError) as error:
         raise BadInput(f"{folder} is not a finished run ({str(error).splitlines()[0]})") from None
     if "tasks" not in result or len(result["own"]) < 2:
-        raise BadInput(f"{folder} has no returns of two or more episodes to compare")
+        return print(f"left out, because it has no returns of two or more episodes: {folder}")
     base = dataclasses.asdict(t2mir.preset(config["env"], config["mode"]))
     changed = {k: config[k] for k in base if k in config and config[k] != base[k]}
     settings = {k: v for k, v in changed.items() if k not in NO_SETTING}
@@ -103,9 +103,9 @@ def picture(env, groups, out):
 
 
 def main(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("figures")):
-    if not runs:
-        raise BadInput("name at least one folder of a finished run")
-    table, groups, differences = [read(run) for run in runs], {}, []
+    table, groups, differences = [run for run in map(read, runs) if run], {}, []
+    if not table:
+        raise BadInput("name at least one folder of a finished run in an environment of envs.py")
     for run in table:
         tasks, first = run["result"]["tasks"], next(r for r in table if r["env"] == run["env"])["result"]["tasks"]
         if not np.array_equal(tasks, first):
