@@ -25,7 +25,7 @@ import t2mir  # noqa: E402
 from collect import BadInput, write_atomically  # noqa: E402
 
 CONTEXTS = ("own", "hidden", "other")
-NO_SETTING = {"seed", "device", "dtype", "data", "runs", "name", "resume", "eval_every"}  # do not make another agent
+NO_SETTING = {"seed", "device", "dtype", "data", "runs", "name", "resume", "eval_every", "eval_episodes"}
 MOE = {"token_moe", "task_moe", "token_experts", "task_experts", "top_k", "w_imp", "w_load", "w_con", "momentum"}
 
 
