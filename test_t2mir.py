@@ -1618,7 +1618,7 @@ def test_a_new_family_needs_no_presets(mode, tmp_path, monkeypatch):
     collect("slider", steps=24, random_steps=12, train_tasks=3, test_tasks=1, hidden=8, batch=8, out=str(tmp_path))
     run = short_run(mode, tmp_path, tmp_path, env="slider", batch=4)
     assert all(np.isfinite(float(rows(run / "log.csv")[-1][key])) for key in ("heldout", "return"))
-    assert t2mir.preset("slider", mode) == Config(env="slider", mode=mode)
+    assert t2mir.preset("slider", mode) == Config(env="slider", mode=mode, **t2mir.BY_MODE[mode])
 
 
 def own_data(folder, experts=True, **changed):
@@ -2003,7 +2003,7 @@ def test_returns_in_fresh_tasks(folder, tmp_path, capsys):
     assert [float(row["error"]) for row in table[1:]] == pytest.approx(abs(a - b) / 2, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ENVS)
+@pytest.mark.parametrize("name", ["point_robot", *GYMNASIUM])
 def test_a_gif_shows_the_episodes_that_the_agent_acts(name, folder, tmp_path, monkeypatch):
     """Its panels say the scores of `evaluate`, and its pictures differ from each other."""
     run = short_run("ad", folder, tmp_path, env=name, batch=2, steps=1, stride=10, eval_every=1, eval_episodes=1)

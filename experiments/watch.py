@@ -95,8 +95,8 @@ def draw_robot(ax, states, task, vec):
 def main(run: tyro.conf.Positional[Path], tasks: int = 3, episodes: int = 3, out: Path = Path("figures")):
     agent, path = t2mir.load_agent(run), run / "result.npz"
     env = agent.config.env
-    if env not in ENVS or not path.exists():
-        raise BadInput(f"{run} is not a finished run in an environment of envs.py")
+    if env not in ("point_robot", "cheetah_vel", "walker_param") or not path.exists():
+        raise BadInput(f"{run} is not a finished run of Point-Robot, HalfCheetah or Walker2d, which are drawn here")
     with np.load(path) as result:
         every, low, high = (result[k] for k in ("tasks", "random_return", "expert_return"))
     if not (1 <= tasks <= len(every) and episodes >= 1):
