@@ -259,8 +259,9 @@ def prefix_mean(h, prefix=None, past_sum=0.0, past=0):
     """Mean of the layer's inputs over the tokens that each token may attend to, itself included: (B, L, d_model).
 
     A mean over the whole sequence, as in some of the authors' configs, would show AD's router the rest of the episode,
-    which is not there when the agent acts: it scored 0.38 instead of 0.62 on HalfCheetah. DPT hardly suffers, since its
-    prompt is finished. `prefix` and `past` are as in `attention_mask`, past_sum (B, d_model) is the sum over the past.
+    which is not there when the agent acts: it scored 0.38 instead of 0.62 on HalfCheetah. DPT hardly suffers, since
+    its prompt is there when it acts. `prefix` and `past` are as in `attention_mask`; past_sum (B, d_model) is the sum
+    over the past.
     """
     Q = 0 if prefix is None else prefix.shape[1]
     prompt, queries = h.split([h.shape[1] - Q, Q], dim=1)
@@ -394,7 +395,7 @@ class T2MIR(nn.Module):
         mask = None if prefix is None and past == 0 else attention_mask(x.shape[1], prefix, past, x.device)
         x, routed = self.dropout(x), []
         for i, block in enumerate(self.blocks):
-            last = i == len(self.blocks) - 1  # only its selected tokens are read, so its experts skip the rest
+            last = i == len(self.blocks) - 1  # its experts compute only what is read: L_action trains no other gates
             x, r = block(x, mask, prefix, cache, select if last else slice(None))
             routed += [] if r is None else [r]
         mean, log_std = self.head(self.norm(x)).chunk(2, dim=-1)
