@@ -8,14 +8,17 @@ Equations (1) to (6) are numbered where they are computed. What this model does 
 - in some blocks the feed-forward layer is two mixtures of experts side by side: the token-wise one routes each token by
   itself, the task-wise one by the mean of all tokens so far, that is, by its task;
 - the task router is trained as a task encoder: InfoNCE pulls two sequences of one task together;
-- DPT has queries: states at the end of the sequence, each of which sees a prefix of the prompt and itself.
+- the context is causal; behind it stand queries, states in which an action is predicted, all in parallel. Each query
+  sees a prefix of the context and itself, and the context sees no query, so one context serves many predictions.
 
-    AD: up to K - 1 finished episodes, the best one last, then the running one. A token sees all tokens to its left.
+    AD: up to K - 1 finished episodes, the best one last, then the running one, whose states are the queries.
 
-        s a r s a r s a r | s a r s a r s a r | s a r s a r s a r      L_action: each s of the running episode predicts
-                                                ^     ^     ^          what the learning agent would have done there
+        s a r s a r s a r | s a r s a r s a r | q1 q2 q3      L_action: each query predicts what the learning agent
+        -------------------                     ^             would have done. q1, q2, q3 are states of the running
+        -------------------------                  ^          episode. Each sees what was there before it: the finished
+        -------------------------------               ^       episodes and the earlier steps of its own
 
-    DPT: K episodes as the prompt, which is causal and sees no query, then Q queries in parallel.
+    DPT: K episodes as the prompt, and as queries any states of the task.
 
         s a r s a r s a r s a r | q1 q2 q3      L_action: each query predicts the expert's action in its state
         -----------               ^             q1 sees two steps of the prompt and itself
@@ -24,7 +27,7 @@ Equations (1) to (6) are numbered where they are computed. What this model does 
 
     B sequences in a batch             K episodes in a context (config.context)     D, d  d_model, width of a token
     L tokens in a sequence             S steps in a context, three tokens each      E     experts, of which k (top_k)
-    T steps in an episode (horizon)    Q queries of a DPT prompt                          compute a token
+    T steps in an episode (horizon)    Q queries behind a context                         compute a token
 """
 
 import argparse
@@ -74,16 +77,17 @@ class Config:
     momentum: float = 0.005  # MoE: fraction by which the key router follows the task router in each step
     context: int = 4  # context: episodes, with the running one in AD (K)
     stride: int = 1  # context: every n-th step of a finished episode is kept
-    queries: int = 40  # context: queries trained on each DPT prompt (Q)
+    queries: int = 40  # context: queries trained behind each context (Q), in AD at most the horizon
     steps: int = 3_000  # training: steps
     batch: int = 32  # training: sequences in a batch of each process, two from each of batch / 2 tasks (B)
-    lr: float = 3e-3  # training: peak learning rate of AdamW
+    lr: float = 5e-3  # training: peak learning rate of both optimizers, Muon and AdamW
     warmup: int = 100  # training: steps of linear warm-up, followed by a cosine to zero
-    weight_decay: float = 1e-4  # training: weight decay of AdamW
+    weight_decay: float = 1e-4  # training: weight decay of both optimizers
     clip: float = 1.0  # training: largest norm of the gradient
     eval_every: int = 500  # evaluation: training steps between evaluations, each of which saves a checkpoint
     eval_episodes: int = 10  # evaluation: episodes in which an agent acts in each task
     val_tasks: int = 0  # evaluation: evaluate on this many training tasks, held out, instead of on the test tasks
+    noise: float = 1.0  # evaluation: factor of the policy's deviation, from an agent's second episode on
     seed: int = 0  # system: random seed of the training; the dataset has its own
     device: str = "auto"  # system: cpu, cuda, mps, or auto: cuda if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # system: auto is bfloat16 on cuda, else float32
@@ -113,7 +117,7 @@ class Config:
 
 # The sizes are those of a laptop. The paper's: d_model 128 (AD on MuJoCo 256), 8 heads (DPT on MuJoCo 4), stride 1,
 # batch 32 (AD on MuJoCo 24), dropout 0.05, learning rate 3e-4, 10,000 steps of warm-up in 100,000 steps.
-MUJOCO = dict(d_model=128, stride=8, steps=1_000, eval_every=250)
+MUJOCO = dict(d_model=128, stride=8, noise=0.0, steps=1_000, eval_every=250)
 BY_MODE = {"dpt": dict(context=1), "ad": dict(w_imp=0.1, w_load=0.1)}
 PRESETS = {
     ("point_robot", "ad"): dict(batch=16, steps=6_000, eval_every=2_000),
@@ -132,14 +136,14 @@ def attention_mask(length, prefix=None, past=0, device=None):
     """Which token sees which: a bool mask, True where the row's token sees the column's.
 
     Without `prefix`: `length` causal tokens behind `past` cached ones, (L, past + L). With `prefix` (B, Q): the rows of
-    the Q queries that end the sequence, (B, 1, Q, L). Query q sees the first prefix[:, q] prompt tokens and itself.
+    the Q queries that end the sequence, (B, 1, Q, L). Query q sees the first prefix[:, q] context tokens and itself.
     """
     if prefix is None:
         return torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
     Q = prefix.shape[1]
-    prompt = torch.arange(length - Q, device=device) < prefix[..., None]  # (B, Q, L - Q)
+    context = torch.arange(length - Q, device=device) < prefix[..., None]  # (B, Q, L - Q)
     itself = torch.eye(Q, dtype=torch.bool, device=device).expand(len(prefix), Q, Q)
-    return torch.cat([prompt, itself], dim=2)[:, None]
+    return torch.cat([context, itself], dim=2)[:, None]
 
 class Attention(nn.Module):
     """Multi-head attention. The last tokens see what the rows of `mask` say, the tokens before them are causal."""
@@ -173,8 +177,8 @@ class Experts(nn.Module):
     """`num` two-layer networks without biases; each token is computed by the experts chosen for it and no others."""
     def __init__(self, num, d_in, hidden, d_out):
         super().__init__()
-        self.w1 = nn.Parameter(torch.empty(num, d_in, hidden).uniform_(-1, 1) * d_in**-0.5)
-        self.w2 = nn.Parameter(torch.empty(num, hidden, d_out).uniform_(-1, 1) * hidden**-0.5)
+        self.w1 = nn.ParameterList(torch.empty(d_in, hidden).uniform_(-1, 1) * d_in**-0.5 for _ in range(num))
+        self.w2 = nn.ParameterList(torch.empty(hidden, d_out).uniform_(-1, 1) * hidden**-0.5 for _ in range(num))
 
     def forward(self, h, gates, chosen):
         """sum_j gates[j] E_chosen[j](h): h (..., d_in), gates and chosen (..., k) -> (..., d_out)."""
@@ -185,8 +189,8 @@ class Experts(nn.Module):
         expert, order = chosen.flatten().sort(stable=True)  # the N * k pairs, so that each expert has contiguous rows
         token = order // chosen.shape[1]  # (N * k,)
         ends = torch.searchsorted(expert, torch.arange(len(self.w1), device=h.device), right=True).int()
-        hidden = F.gelu(multiply_by_expert(h[token], self.w1.to(h.dtype), ends))
-        y = multiply_by_expert(hidden, self.w2.to(h.dtype), ends) * gates.flatten()[order, None]  # (N * k, d_out)
+        w1, w2 = (torch.stack(list(w)).to(h.dtype) for w in (self.w1, self.w2))
+        y = multiply_by_expert(F.gelu(multiply_by_expert(h[token], w1, ends)), w2, ends) * gates.flatten()[order, None]
         return y.new_zeros(len(h), y.shape[1]).index_add(0, token, y).view(*shape, -1)
 
 class Routing(NamedTuple):
@@ -260,13 +264,12 @@ def prefix_mean(h, prefix=None, past_sum=0.0, past=0):
 
     A mean over the whole sequence, as in some of the authors' configs, would show AD's router the rest of the episode,
     which is not there when the agent acts: it scored 0.38 instead of 0.62 on HalfCheetah. DPT hardly suffers, since
-    its prompt is there when it acts. `prefix` and `past` are as in `attention_mask`; past_sum (B, d_model) is the sum
-    over the past.
+    its prompt is there when it acts. `prefix`, `past`: see `attention_mask`; past_sum (B, d_model): sum over the past.
     """
     Q = 0 if prefix is None else prefix.shape[1]
-    prompt, queries = h.split([h.shape[1] - Q, Q], dim=1)
-    sums = prompt.cumsum(1) + (past_sum[:, None] if past else 0.0)
-    means = sums / (past + torch.arange(1, prompt.shape[1] + 1, device=h.device))[:, None]
+    context, queries = h.split([h.shape[1] - Q, Q], dim=1)
+    sums = context.cumsum(1) + (past_sum[:, None] if past else 0.0)
+    means = sums / (past + torch.arange(1, context.shape[1] + 1, device=h.device))[:, None]
     if Q == 0:
         return means
     before = F.pad(sums, (0, 0, 1, 0)).gather(1, prefix[..., None].expand(-1, -1, h.shape[2]))  # sum of the prefix
@@ -369,7 +372,7 @@ class T2MIR(nn.Module):
         self.embed_state = nn.Linear(sizes["obs_dim"], c.d_model)
         self.embed_action = nn.Linear(sizes["act_dim"], c.d_model)
         self.embed_reward = nn.Linear(1, c.d_model)
-        self.embed_time = nn.Embedding(self.horizon + 1, c.d_model)  # the last row is for queries, which have no time
+        self.embed_time = nn.Embedding(self.horizon + 1, c.d_model)  # the last row is for DPT's queries
         self.dropout = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(Block(c, i) for i in range(c.n_layers))
         self.norm = nn.LayerNorm(c.d_model)
@@ -401,9 +404,15 @@ class T2MIR(nn.Module):
         mean, log_std = self.head(self.norm(x)).chunk(2, dim=-1)
         return mean.tanh(), -3 * log_std.sigmoid(), routed  # deviations from 0.05 to 1
 
+    def predict(self, batch):
+        """The policy at the queries of a batch, which stand behind the context, and what was routed: as `act`."""
+        context = self.tokens(batch["states"], batch["actions"], batch["rewards"], batch["times"])
+        x = torch.cat([context, self.state_tokens(batch["queries"], batch["query_times"])], dim=1)
+        return self.act(x, 3 * batch["seen"], select=slice(context.shape[1], None))
+
     def forward(self, batch):
         """A batch -> dict of losses (scalars) named as in `Config.loss_weights` and of numbers that are only logged."""
-        mean, log_std, routed = BACKBONES[self.config.mode].predict(self, batch)  # (B, ., act_dim)
+        mean, log_std, routed = self.predict(batch)  # (B, Q, act_dim)
         # The weight is the deviation, held constant. Without it the mean learns most where the agent is sure already;
         # with the variance it would learn as from squared errors. This lies between (beta-NLL, Seitzer et al. 2022).
         nll = neg_log_prob(batch["targets"], mean, log_std)  # its mean is logged, to be compared with `heldout`
@@ -420,7 +429,7 @@ class T2MIR(nn.Module):
                 losses["task_experts"] += experts_used(r["task"]) / len(routed)
         return dict(losses)
 
-# ---- The cache, and the two backbones: how they draw a batch, what they predict, how they act ------------------------
+# ---- The cache, and the two backbones: how they draw a batch and how they act ----------------------------------------
 class Cache:
     """What past tokens leave behind in each block: keys, values, and the sum of the task-wise MoE's inputs.
 
@@ -428,7 +437,7 @@ class Cache:
     """
     def __init__(self, model, batch):
         c, zeros = model.config, model.state_mean.new_zeros
-        capacity = 3 * (c.context * len(range(0, model.horizon, c.stride)) + model.horizon)  # tokens, at most
+        capacity = 3 * c.context * len(range(0, model.horizon, c.stride)) + 1  # tokens: steps and a query
         self.kv = zeros(c.n_layers, 2, batch, c.n_heads, capacity, c.d_model // c.n_heads)
         self.sums, self.length = zeros(c.n_layers, batch, c.d_model), 0
 
@@ -486,17 +495,17 @@ def tensors(data, tasks, device):
 class AD:
     """Algorithm Distillation (Laskin et al. 2023) imitates a learning agent and continues the improvement it sees.
 
-    The context is 0 to K - 1 finished episodes, mostly bad ones, of a task's learning history. An episode of the last
-    quarter (at most the last 40) is predicted. In half of these a guest acts, another task's agent, and the target is
-    what the learner would have done: the learner's own past actions would give its next one away.
+    The context is 0 to K - 1 finished episodes of a task's learning history, mostly bad ones, and a running one of its
+    last quarter (at most of the last 40 episodes), whose states are the queries. In half of these a guest acts, another
+    task's agent, and the target is what the learner would have done: its own past actions would give its next one away.
     """
     @staticmethod
     def batch(c, x, step, size, remembered=None):
-        """`size` sequences of the arrays x of `tensors`: a dict of S context steps, of which the last T are predicted.
+        """`size` sequences of the arrays x of `tensors`, as a dict.
 
-        states, actions (B, S, .), rewards (B, S), times (S,), task_ids (B,), targets (B, T, act_dim), and about the
-        predictions: queries (B, T, obs_dim), query_times (T,), and seen (B, T), their steps of context. `remembered`
-        has the arrays of the finished episodes, if these are not x.
+        Of the context: states, actions (B, S, .), rewards (B, S), times (S,), task_ids (B,). Of the queries: queries
+        (B, Q, obs_dim), query_times (B, Q) or one for all, targets (B, Q, act_dim), and seen (B, Q), the steps of
+        context that each sees. `remembered` has the arrays of the finished episodes, if these are not x.
         """
         (N, E, T), device, remembered = x["rewards"].shape, x["rewards"].device, remembered or x
         task = torch.rand(N, device=device).argsort()[: size // 2].repeat(2)  # two sequences of each task
@@ -508,19 +517,14 @@ class AD:
         score = torch.rand(size, E, device=device) + others + 2 * (x["by_return"][task] == running)
         place = score.topk(n, largest=False).indices.sort(dim=1).values
         episode = remembered["by_return"][task].gather(1, place)  # (B, n), the best one last
-        kept, whole = torch.arange(0, T, c.stride, device=device), torch.arange(T, device=device)
+        kept = torch.arange(0, T, c.stride, device=device)
         finished = task[:, None], episode.repeat_interleave(len(kept), dim=1), kept.repeat(n)
-        at = task[:, None], running, whole
+        at = task[:, None], running, kept
         batch = {k: torch.cat([remembered[k][finished], x[k][at]], 1) for k in ("states", "actions", "rewards")}
-        batch |= {"times": torch.cat([kept.repeat(n), whole]), "targets": x["learner_actions"][at], "task_ids": task}
-        seen = n * len(kept) + whole
-        return batch | {"queries": x["states"][at], "query_times": whole, "seen": seen.expand(size, -1)}
-
-    @staticmethod
-    def predict(model, batch):
-        """The policy at the state tokens of the running episode, and what was routed, see `T2MIR.act`."""
-        x = model.tokens(batch["states"], batch["actions"], batch["rewards"], batch["times"])
-        return model.act(x, select=slice(x.shape[1] - 3 * model.horizon, None, 3))
+        time = torch.rand(size, T, device=device).argsort(dim=1)[:, : c.queries]  # (B, Q), each at most once
+        at, seen = (task[:, None], running, time), n * len(kept) + (time + c.stride - 1) // c.stride
+        batch |= {"times": kept.repeat(n + 1), "targets": x["learner_actions"][at], "task_ids": task}
+        return batch | {"queries": x["states"][at], "query_times": time, "seen": seen}
 
     def __init__(self, model, num_tasks):
         self.model, self.cache = model, Cache(model, num_tasks)
@@ -528,30 +532,25 @@ class AD:
     def begin_episode(self, memory):
         """Remembers K - 1 of the finished episodes in the list `memory`: the newest and the best of the others."""
         self.cache.fill(self.model, memory, self.model.config.context - 1, newest=True)
-        self.waiting = None  # tokens of the last action and reward, which enter together with the next state
 
     def act(self, states, t):
-        """Mean and deviation (N, act_dim) of the action in states (N, obs_dim) at time t."""
-        token = self.model.state_tokens(states[:, None], t)
-        return self.cache.step(self.model, token if self.waiting is None else torch.cat([self.waiting, token], dim=1))
+        """Mean and deviation (N, act_dim) of the action in states (N, obs_dim) at time t: queries."""
+        return self.cache.step(self.model, self.model.state_tokens(states[:, None], t), keep=False)
 
     def observe(self, states, actions, rewards, t):
-        """Takes note of the step at time t: (N, obs_dim), (N, act_dim), (N,)."""
-        self.waiting = self.model.tokens(states[:, None], actions[:, None], rewards[:, None], t)[:, 1:]
+        """Adds the step at time t to the context: (N, obs_dim), (N, act_dim), (N,)."""
+        if t % self.model.config.stride == 0:
+            self.cache.step(self.model, self.model.tokens(states[:, None], actions[:, None], rewards[:, None], t))
 
-class DPT:
+class DPT(AD):
     """Decision-Pretrained Transformer (Lee et al. 2023) predicts the expert's action in any state of the task.
 
-    The prompt is K episodes of any quality, the queries are states of any episodes. A trained agent's prompt is its
-    best episodes so far (its last ones make it drift), at first the running one, and each state is a query. Queries
-    stand at the end, where the prompt cannot see them: one prompt serves them all.
+    The context, here called the prompt, is K episodes of any quality, and the queries are states of any episodes. A
+    trained agent's prompt is its best episodes so far (its last ones make it drift), at first the running one.
     """
     @staticmethod
     def batch(c, x, step, size, remembered=None):
-        """`size` sequences of the arrays x of `tensors`: a dict of S prompt steps and Q predictions.
-
-        As for AD, but queries (B, Q, obs_dim) and targets (B, Q, act_dim); `seen` (B, Q) steps are drawn at random.
-        """
+        """As for AD. The steps of the prompt that a query sees, `seen` (B, Q), are drawn at random."""
         (N, E, T), K, device, remembered = x["rewards"].shape, c.context, x["rewards"].device, remembered or x
         task = torch.rand(N, device=device).argsort()[: size // 2].repeat(2)  # two sequences of each task
         kept = torch.arange(0, T, c.stride, device=device)
@@ -565,30 +564,19 @@ class DPT:
         batch |= {"times": kept.repeat(K), "targets": x["expert_actions"][at], "task_ids": task}
         return batch | {"queries": x["states"][at], "query_times": torch.tensor(T, device=device), "seen": seen}
 
-    @staticmethod
-    def predict(model, batch):
-        """The policy at the queries, and what was routed, see `T2MIR.act`."""
-        prompt = model.tokens(batch["states"], batch["actions"], batch["rewards"], batch["times"])
-        x = torch.cat([prompt, model.state_tokens(batch["queries"], batch["query_times"])], dim=1)
-        return model.act(x, 3 * batch["seen"], select=slice(prompt.shape[1], None))
-
-    def __init__(self, model, num_tasks):
-        self.model, self.cache = model, Cache(model, num_tasks)
-
     def begin_episode(self, memory):
         """Takes the best K of the finished episodes in the list `memory` as the prompt."""
         self.cache.fill(self.model, memory, self.model.config.context)
         self.first = not memory
 
     def act(self, states, t):
-        """Mean and deviation (N, act_dim) of the action in states (N, obs_dim): queries, which the cache drops."""
-        return self.cache.step(self.model, self.model.state_tokens(states[:, None], self.model.horizon), keep=False)
+        """Mean and deviation (N, act_dim) of the action in states (N, obs_dim): queries, which have no time."""
+        return super().act(states, self.model.horizon)
 
     def observe(self, states, actions, rewards, t):
         """In the first episode, adds the step at time t to the prompt: (N, obs_dim), (N, act_dim), (N,)."""
-        if self.first and t % self.model.config.stride == 0:
-            tokens = self.model.tokens(states[:, None], actions[:, None], rewards[:, None], t)
-            self.cache.step(self.model, tokens)
+        if self.first:
+            super().observe(states, actions, rewards, t)
 
 BACKBONES = {"ad": AD, "dpt": DPT}
 CONTROLS = {"own": "own context", "hidden": "context hidden", "other": "context of another task"}
@@ -610,6 +598,7 @@ def evaluate(model, tasks, episodes, seed=0, context="own"):
             if context == "hidden":
                 agent.begin_episode([])
             mean, std = agent.act(states, t)
+            std = std * (c.noise if memory else 1.0)
             actions = (mean + std * torch.randn(mean.shape, generator=rng, device=device)).clamp(-1, 1)
             next_states, rewards, *_ = env.step(actions.float().cpu().numpy())
             steps.append((states, actions, torch.as_tensor(rewards, dtype=torch.float32, device=device)))
@@ -638,7 +627,7 @@ def held_out_loss(model, x, context="own", batches=20):
             tokens = model.state_tokens(batch["queries"], batch["query_times"]).flatten(0, 1)[:, None]
             mean, log_std = (part.view_as(batch["targets"]) for part in model.act(tokens)[:2])
         else:
-            mean, log_std, _ = backbone.predict(model, batch)
+            mean, log_std, _ = model.predict(batch)
         seen.append(batch["seen"].flatten())
         losses.append(neg_log_prob(batch["targets"], mean, log_std).mean(-1).flatten())
     model.train(was_training)
@@ -686,6 +675,16 @@ def new_model(c, data, train):
     model.state_mean, model.state_std = torch.tensor(np.stack([mean, std]), dtype=torch.float32)
     return model.to(c.device)
 
+def new_optimizers(model):
+    """Muon (Jordan et al. 2024) for the matrices within the blocks, AdamW for embeddings, routers, norms and head."""
+    c, inner = model.config, [m for m in model.modules() if isinstance(m, (Attention, Experts, nn.Sequential))]
+    matrices = list(nn.ModuleList(inner).parameters())
+    others = [p for p in model.parameters() if p.requires_grad and p not in set(matrices)]
+    return [
+        torch.optim.Muon(matrices, c.lr, weight_decay=c.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, c.lr, betas=(0.9, 0.95), weight_decay=c.weight_decay, fused=c.device != "mps"),
+    ]
+
 def read_checkpoint(run, device="cpu"):
     """The checkpoint of a run's folder, or a checkpoint file itself, as a dict."""
     path = Path(run) if Path(run).suffix == ".pt" else Path(run) / "ckpt.pt"
@@ -725,23 +724,23 @@ def train(c):
         torch.manual_seed(c.seed)
         model = new_model(c, data, train_tasks)
         x, x_held = (tensors(data, tasks, c.device) for tasks in (train_tasks, held_out))
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, c.lr, weight_decay=c.weight_decay, fused=c.device != "mps")
+        optimizers = new_optimizers(model)
         config = dataclasses.asdict(c) | {"resume": "", "data": str(Path(c.data).resolve())}
         state = {"config": config, "sizes": model.sizes, "fingerprint": data["fingerprint"], "step": 0, "log": []}
         if saved is not None:
             model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
+            for optimizer, of_run in zip(optimizers, saved["optimizers"]):
+                optimizer.load_state_dict(of_run)
             state |= {"step": saved["step"], "log": saved["log"]}
         if rank == 0:
             write_atomically(folder / "config.json", lambda file: file.write(json.dumps(config, indent=1).encode()))
         learner = nn.parallel.DistributedDataParallel(model) if processes > 1 else model
-        fit(model, learner, optimizer, x, state, folder, rank, lambda: measure(model, data, held_out, x_held))
+        fit(model, learner, optimizers, x, state, folder, rank, lambda: measure(model, data, held_out, x_held))
         if rank == 0:
             report(folder, model, data, held_out, x_held)
     return folder
 
-def fit(model, learner, optimizer, x, state, folder, rank, evaluation):
+def fit(model, learner, optimizers, x, state, folder, rank, evaluation):
     """The training loop, from state["step"] to config.steps; `evaluation` returns more numbers for the log."""
     c, first, log = model.config, state["step"], state["log"]
     task_moes = [b.moe.task_moe for b in model.blocks if b.moe is not None and b.moe.task_moe is not None]
@@ -753,15 +752,16 @@ def fit(model, learner, optimizer, x, state, folder, rank, evaluation):
         torch.manual_seed(int(np.random.SeedSequence([c.seed, step, rank]).generate_state(1)[0]))
         batch = BACKBONES[c.mode].batch(c, x, step, c.batch)
         falling = 0.5 * (1 + math.cos(math.pi * (step - c.warmup) / max(1, c.steps - c.warmup)))
-        for group in optimizer.param_groups:  # linear warm-up, then a cosine to zero
-            group["lr"] = c.lr * ((step + 1) / c.warmup if step < c.warmup else falling)
+        for optimizer in optimizers:  # linear warm-up, then a cosine to zero
+            optimizer.param_groups[0]["lr"] = c.lr * ((step + 1) / c.warmup if step < c.warmup else falling)
+            optimizer.zero_grad()
         with torch.autocast(torch.device(c.device).type, torch.bfloat16, enabled=c.dtype == "bfloat16"):
             losses = learner(batch)
         losses["loss"] = sum(w * losses[name] for name, w in c.loss_weights.items() if name in losses)  # (6)
-        optimizer.zero_grad()
         losses["loss"].backward()
         nn.utils.clip_grad_norm_(model.parameters(), c.clip)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         for moe in task_moes:
             moe.update_key_router()
         for name, value in losses.items():
@@ -780,7 +780,7 @@ def fit(model, learner, optimizer, x, state, folder, rank, evaluation):
             log.append(row | {"seconds": round(before + seconds)})
             sums = defaultdict(float)
         if evaluating and rank == 0:
-            state |= {"step": done, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"step": done, "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
             text = "\n".join(",".join(map(str, cells)) for cells in (log[0], *(row.values() for row in log)))
             write_atomically(folder / "log.csv", lambda file: file.write(text.encode() + b"\n"))
             write_atomically(folder / "ckpt.pt", lambda file: torch.save(state, file))

@@ -664,7 +664,7 @@ def test_moe_equals_a_loop_over_tokens(kind):
         moe = TokenMoE(moe_config(8), 16, 8).double().train(kind != "token")
         inputs = [h, h]
     router = moe.router.weight
-    expected = [x.requires_grad_() for x in dict.fromkeys(inputs)] + [router, moe.experts.w1, moe.experts.w2]
+    expected = [x.requires_grad_() for x in dict.fromkeys(inputs)] + [router, *moe.experts.w1, *moe.experts.w2]
     expected += [moe.noise.weight] if kind == "token, training" else []
     torch.manual_seed(1)
     y, routing = moe(*inputs)
@@ -699,8 +699,8 @@ def test_moe_equals_a_loop_over_tokens(kind):
     moe.eval()
     gates = slow_gates(clean, k)
     for n in range(5):  # a token leaves no gradient in the experts that it was not sent to
-        (g,) = torch.autograd.grad(moe(*inputs)[0].flatten(0, 1)[n].sum(), moe.experts.w1)
-        assert set(g.flatten(1).any(1).nonzero().flatten().tolist()) == set(gates[n])
+        of_experts = torch.autograd.grad(moe(*inputs)[0].flatten(0, 1)[n].sum(), list(moe.experts.w1))
+        assert {i for i, g in enumerate(of_experts) if g.any()} == set(gates[n])
     y, routing = moe(*inputs, slice(1, None, 3))  # selected tokens are computed as before, and all tokens are routed
     near(y, moe(*inputs)[0][:, 1::3])
     near(routing.importance, moe(*inputs)[1].importance)
@@ -733,7 +733,7 @@ def test_balance_terms_reach_the_router_each_alone():
         moe = TokenMoE(moe_config(8), 16, 8)
         balance(moe.route(torch.randn(3, 10, 8)))[term].backward()
         assert moe.router.weight.grad.abs().max() > 1e-3 and moe.noise.weight.grad.abs().max() > 1e-4
-        assert moe.experts.w1.grad is None
+        assert all(p.grad is None for p in moe.experts.parameters())
 
 
 @pytest.mark.parametrize("sequences", [2, 4])
@@ -853,7 +853,7 @@ def test_what_the_task_router_sees(mode, folder):
     model.blocks[0].moe.task_moe.router.register_forward_hook(lambda module, x, y: seen.append(x[0]))
     model(batch)
     h, given = seen[:2]
-    assert h.shape == given.shape and (h.shape[1] > n) == (mode == "dpt")
+    assert h.shape == given.shape and h.shape[1] > n
     for b, t in np.ndindex(*h.shape[:2]):
         if t < n:
             expected = h[b, : t + 1].mean(0)
@@ -992,10 +992,11 @@ BATCHES = [("ad", 1, False), ("ad", 3, True), ("dpt", 1, True), ("dpt", 3, True)
 def test_batches(mode, stride, learner, folder):
     """Two sequences of each of batch / 2 distinct training tasks, with contexts and targets as the data has them.
 
-    AD: none, one and two finished episodes in turn, every stride-th step of each, then a whole episode of the last
-    quarter, on which alone there are targets: the learner's actions where the data has them, the running episode then
-    being a guest's too, or else the actions taken. DPT: a prompt of three episodes, every stride-th step of each, and
-    queries from all episodes. Finished episodes are sorted by return.
+    AD: none, one and two finished episodes in turn, then an episode of the last quarter, every stride-th step of each.
+    The queries are the states of the last episode, each behind the steps before it. Their targets are the learner's
+    actions where the data has them, the last episode then being a guest's too, or else the actions taken. DPT: a prompt
+    of three episodes, every stride-th step of each, and queries from all episodes. Finished episodes are sorted by
+    return.
     """
     data = load(f"{folder}/point_robot.npz")
     if not learner:
@@ -1007,7 +1008,7 @@ def test_batches(mode, stride, learner, folder):
     torch.manual_seed(0)
     seen, tasks_seen, finished_seen, running_seen, asked = set(), set(), set(), set(), set()
     for i in range(60):
-        kept = [slice(0, None, stride)] * (3 if mode == "dpt" else i % 3) + [slice(None)] * (mode == "ad")
+        keep, n = slice(0, None, stride), i % 3  # in AD, n finished episodes and the running one
         batch = {key: value.numpy() for key, value in BACKBONES[mode].batch(c, x, i, 8).items()}
         ids, counts = np.unique(batch["task_ids"], return_counts=True)
         assert len(ids) == 4 and (counts == 2).all()
@@ -1015,7 +1016,7 @@ def test_batches(mode, stride, learner, folder):
         for b, task in enumerate(batch["task_ids"]):
             states, actions, rewards, labels = (part[task] for part in parts)
             places, start = [], 0
-            for keep in kept:
+            for _ in range(3 if mode == "dpt" else n + 1):
                 own = slice(start, start + len(range(20)[keep]))
                 (place,) = np.flatnonzero((states[:, keep] == batch["states"][b, own]).all((1, 2)))
                 np.testing.assert_array_equal(actions[place, keep], batch["actions"][b, own])
@@ -1027,10 +1028,12 @@ def test_batches(mode, stride, learner, folder):
             if mode == "ad":
                 running = places.pop()
                 running_seen.add(running)
-                np.testing.assert_array_equal(targets[task, running], batch["targets"][b])
-                np.testing.assert_array_equal(states[running], batch["queries"][b])
-                np.testing.assert_array_equal(range(20), batch["query_times"])
-                np.testing.assert_array_equal(range(start - 20, start), batch["seen"][b])
+                times = batch["query_times"][b]
+                assert sorted(times) == list(range(20))
+                np.testing.assert_array_equal(targets[task, running, times], batch["targets"][b])
+                np.testing.assert_array_equal(states[running, times], batch["queries"][b])
+                before = [n * len(range(20)[keep]) + sum(kept < t for kept in range(20)[keep]) for t in times]
+                np.testing.assert_array_equal(before, batch["seen"][b])
             else:
                 assert batch["query_times"] == 20
                 for query, label in zip(batch["queries"][b], batch["targets"][b], strict=True):
@@ -1044,7 +1047,7 @@ def test_batches(mode, stride, learner, folder):
     assert tasks_seen == set(range(5))
     assert finished_seen == set(range(E)) - (running_seen if len(running_seen) == 1 else set())  # never its own context
     if mode == "ad":
-        assert seen == {n * length + t for n in range(3) for t in range(20)}
+        assert seen == {n * length + -(-t // stride) for n in range(3) for t in range(20)}
         last_quarter = range(E * 3 // 4, E)
         assert running_seen == {e for e in last_quarter if learner or not data["guest"][e]}
         assert data["guest"][last_quarter].any() and not data["guest"][last_quarter].all()
@@ -1162,7 +1165,7 @@ def test_remembered_arrays_replace_what_is_finished(mode, folder):
             torch.manual_seed(step)
             batches.append(BACKBONES[mode].batch(c, x, step, 8, **remembered))
     for one, two in zip(own, other):
-        end = one["states"].shape[1] - (20 if mode == "ad" else 0)
+        end = one["states"].shape[1] - (7 if mode == "ad" else 0)
         for b, task in enumerate(one["task_ids"]):
             for start in range(0, end, 7):
                 part = slice(start, start + 7)
@@ -1182,7 +1185,7 @@ def one_by_one(model, batch):
     x = model.tokens(batch["states"], batch["actions"], batch["rewards"], batch["times"])
     mean, log_std = torch.zeros_like(batch["targets"]), torch.zeros_like(batch["targets"])
     for b, p in np.ndindex(*batch["seen"].shape):
-        time = model.horizon if model.config.mode == "dpt" else p
+        time = batch["query_times"].expand(batch["seen"].shape)[b, p]
         query = model.state_tokens(batch["queries"][b : b + 1, p : p + 1], time)
         m, s, _ = model.act(torch.cat([x[b : b + 1, : 3 * batch["seen"][b, p]], query], dim=1))
         mean[b, p], log_std[b, p] = m[0, -1], s[0, -1]
@@ -1210,12 +1213,24 @@ def test_action_loss_equals_one_pass_for_each_prediction(mode, stride, folder):
     for step in range(3):
         batch = in_double(draw(model.config, x, step))
         mean, log_std = one_by_one(model, batch)
-        near(BACKBONES[mode].predict(model, batch)[:2], (mean, log_std), 1e-8)
+        near(model.predict(batch)[:2], (mean, log_std), 1e-8)
         # Each prediction's -log P is weighted by its deviation.
         slow = -distributions.Normal(mean, log_std.exp()).log_prob(batch["targets"]) - 0.5 * math.log(2 * math.pi)
         near(model(batch)["action"], (log_std.exp() * slow).mean(), 1e-8)
         near(model(batch)["nll"], slow.mean(), 1e-8)
         assert mean.std() > 0.01 and log_std.std() > 0.01
+
+
+@torch.no_grad()
+def test_ad_queries_predict_as_the_state_tokens_do(folder):
+    """With every step kept, AD's queries are what a causal pass predicts at the running episode's state tokens."""
+    model, x = tiny_model("ad", batch=4, queries=20).double(), training_arrays(folder)
+    for step in range(3):
+        batch = in_double(draw(model.config, x, step))
+        tokens = model.tokens(batch["states"], batch["actions"], batch["rewards"], batch["times"])
+        at_states = [part[:, -60::3] for part in model.act(tokens)[:2]]  # (B, T, act_dim)
+        for found, expected in zip(model.predict(batch), at_states):
+            near(found, torch.stack([row[t] for row, t in zip(expected, batch["query_times"])]), 1e-8)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -1319,15 +1334,12 @@ def test_acting_with_the_cache_equals_the_full_pass(mode, context, stride, K, mo
         selected += any(a is not b for a, b in zip(in_order, acted[e - len(past) : e]))
         past = [model.tokens(*(part[owner : owner + 1, kept] for part in episode), kept) for episode in past]
         own = [part[i : i + 1] for part in acted[e]]
-        running = model.tokens(*own, torch.arange(T))
         strided = model.tokens(*(part[:, kept] for part in own), kept)
         for t in range(T):
-            if mode == "ad":
-                now = running[:, 3 * t * (context == "hidden") : 3 * t + 1]
-            else:
-                so_far = [strided[:, : 3 * int((kept < t).sum())]] if e == 0 and context != "hidden" else []
-                now = torch.cat([*so_far, model.state_tokens(own[0][:, t : t + 1], T)], dim=1)
-            mean, log_std, _ = model.act(torch.cat([*past, now], dim=1))
+            adds = context != "hidden" and (mode == "ad" or e == 0)  # the running episode is in the context
+            so_far = [strided[:, : 3 * int((kept < t).sum())]] if adds else []
+            now = model.state_tokens(own[0][:, t : t + 1], t if mode == "ad" else T)
+            mean, log_std, _ = model.act(torch.cat([*past, *so_far, now], dim=1))
             means[e, i, t], deviations[e, i, t] = mean[0, -1], log_std[0, -1].exp()
             near(acted[e][1][i, t], (mean[0, -1] + deviations[e, i, t] * noise[e, t, i]).clamp(-1, 1), 1e-4)
     assert means.std(2).min() > 0.005 and deviations.std(2).min() > 0.001  # the policy is not constant
@@ -1433,7 +1445,7 @@ def test_the_held_out_loss_equals_one_pass_for_each_prediction(mode, context, fo
             policies = [model.act(token[None, None])[:2] for token in tokens.flatten(0, 1)]
             mean, log_std = (torch.cat(part).view_as(batch["targets"]) for part in zip(*policies))
         elif context == "other":
-            end = batch["states"].shape[1] - (20 if mode == "ad" else 0)
+            end = batch["states"].shape[1] - (4 if mode == "ad" else 0)
             for b, start in itertools.product(range(8), range(0, end, 4)):
                 part, task = slice(start, start + 4), int(batch["task_ids"][b])
                 places = x["by_return"][task].tolist()
@@ -1460,7 +1472,7 @@ def test_the_held_out_loss_is_a_fixed_number_of_a_model(mode, folder):
         measured.append(t2mir.measure(model, data, data["test"], x)["heldout"])
     assert measured[0] == measured[1] and model.training
     losses = {context: t2mir.held_out_loss(model, x, context)[1] for context in CONTEXTS}
-    assert losses["own"].shape == (20 * 4 * (20 if mode == "ad" else 6),)  # two tasks are held out
+    assert losses["own"].shape == (20 * 4 * 6,)  # two tasks are held out
     assert measured[0] == pytest.approx(losses["own"].mean(), rel=1e-6)
     assert len({float(part.mean()) for part in losses.values()}) == 3
     model.head.weight.mul_(1.5)
@@ -1485,7 +1497,7 @@ def test_a_tiny_model_learns_a_tiny_batch_by_heart(mode, folder):
         sum(weight * losses[name] for name, weight in weights.items()).backward()
         optimizer.step()
         if step % 25 == 24:
-            mean, _, _ = BACKBONES[mode].predict(model.eval(), batch)
+            mean, _, _ = model.eval().predict(batch)
             share = float((mean.detach() - batch["targets"]).square().mean() / batch["targets"].var())
             if share < 0.02:
                 return
@@ -1499,17 +1511,36 @@ def short_run(mode, folder, runs, **given):
 
 
 def test_the_learning_rate_rises_and_falls(folder, tmp_path, monkeypatch):
-    """It rises in equal steps to its peak at the end of the warm-up, and from there follows half a cosine to zero."""
-    rates, step = [], torch.optim.AdamW.step
+    """It rises in equal steps to its peak at the end of the warm-up, and from there follows half a cosine to zero.
+
+    Both optimizers have the same rate.
+    """
+    rates = {torch.optim.AdamW: [], torch.optim.Muon: []}
+    steps = {kind: kind.step for kind in rates}
 
     def recording(optimizer, *args):
-        rates.append(optimizer.param_groups[0]["lr"])
-        return step(optimizer, *args)
+        rates[type(optimizer)].append(optimizer.param_groups[0]["lr"])
+        return steps[type(optimizer)](optimizer, *args)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", recording)
+    for kind in rates:
+        monkeypatch.setattr(kind, "step", recording)
     short_run("dpt", folder, tmp_path, lr=0.008, warmup=4, steps=12, eval_every=12)
-    assert rates[:5] == pytest.approx([0.002, 0.004, 0.006, 0.008, 0.008])
-    assert rates[4:] == pytest.approx([0.004 * (1 + math.cos(math.pi * i / 8)) for i in range(8)])
+    for found in rates.values():
+        assert found[:5] == pytest.approx([0.002, 0.004, 0.006, 0.008, 0.008])
+        assert found[4:] == pytest.approx([0.004 * (1 + math.cos(math.pi * i / 8)) for i in range(8)])
+
+
+@pytest.mark.parametrize("moe", [True, False])
+def test_muon_has_the_matrices_of_the_blocks(moe):
+    """Attention, experts and dense layers are Muon's; AdamW has the rest; no parameter is left out or named twice."""
+    model = T2MIR(tiny("dpt", token_moe=moe, task_moe=moe, moe_layers="last", n_layers=2), sizes_of("point_robot"))
+    of_optimizer = [{id(p) for p in o.param_groups[0]["params"]} for o in t2mir.new_optimizers(model)]
+    for name, p in model.named_parameters():
+        inner = any(part in name for part in (".attention.", ".experts.", ".mlp."))
+        expected = [inner and p.requires_grad, p.requires_grad and not inner]
+        assert [id(p) in ids for ids in of_optimizer] == expected, name
+        assert p.ndim == 2 or not inner
+    assert sum(map(len, of_optimizer)) == sum(p.requires_grad for p in model.parameters())
 
 
 def rows(path):
@@ -1729,7 +1760,7 @@ def stop_at(monkeypatch, mode, step, num_tasks=5):
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(mode, folder, tmp_path, monkeypatch):
     """Stopped between two checkpoints and continued from another directory, the run ends as one that was left alone.
 
-    Log, results, weights and the optimizer's state are equal bit for bit, with dropout and the router's noise. The
+    Log, results, weights and the optimizers' states are equal bit for bit, with dropout and the router's noise. The
     data was given as a relative path.
     """
     given = dict(steps=13, eval_every=5, n_layers=2, stride=3)
@@ -1746,8 +1777,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(mode, folder, tmp_path, 
     one, two = (torch.load(run / "ckpt.pt", weights_only=True) for run in (one, two))
     for name, p in one["model"].items():
         assert torch.equal(p, two["model"][name]), name
-    for i, moments in one["optimizer"]["state"].items():
-        assert all(torch.equal(value, two["optimizer"]["state"][i][key]) for key, value in moments.items())
+    for first, second in zip(one["optimizers"], two["optimizers"], strict=True):
+        for i, moments in first["state"].items():
+            assert all(torch.equal(value, second["state"][i][key]) for key, value in moments.items())
     differ = [key for key in one["config"] if one["config"][key] != two["config"][key]]
     assert differ in ([], ["name"]) and Path(two["config"]["data"]).is_absolute()
     one, two = (np.load(run / "result.npz") for run in (whole, tmp_path / "broken"))
@@ -1919,20 +1951,20 @@ def test_two_processes_train_one_model(folder, tmp_path):
 
         model, moved = T2MIR(c, sizes_of("point_robot")).train(), 0.0
         model.load_state_dict(ranks[0]["start"])
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer, randn_like = torch.optim.AdamW(parameters, weight_decay=c.weight_decay), torch.randn_like
+        optimizers, randn_like = t2mir.new_optimizers(model), torch.randn_like
         try:
             torch.randn_like = torch.zeros_like
             for step, pair in enumerate(zip(*(rank["batches"] for rank in ranks))):
                 falling = 0.5 * (1 + math.cos(math.pi * (step - 3) / 7))
-                optimizer.param_groups[0]["lr"] = 1e-3 * ((step + 1) / 3 if step < 3 else falling)
-                optimizer.zero_grad()
+                model.zero_grad()
                 for batch in pair:
                     losses = model(batch)
                     loss = losses["action"] + c.w_imp * losses["importance"] + c.w_load * losses["load"]
                     ((loss + c.w_con * losses["contrastive"]) / 2).backward()
-                torch.nn.utils.clip_grad_norm_(parameters, c.clip)
-                optimizer.step()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip)
+                for optimizer in optimizers:
+                    optimizer.param_groups[0]["lr"] = 1e-3 * ((step + 1) / 3 if step < 3 else falling)
+                    optimizer.step()
                 for block in model.blocks:
                     key, router = block.moe.task_moe.key_router.weight, block.moe.task_moe.router.weight
                     key.data = key.data + c.momentum * (router.data - key.data)

@@ -66,21 +66,22 @@ def made_up_data(c, num_tasks=45, episodes=8):
     return {k: rng.normal(size=(*shape, *w)).astype(np.float32) for k, w in (widths | {"rewards": ()}).items()}
 
 
-def training_step(model, optimizer, x):
+def training_step(model, optimizers, x):
     """A step on the arrays `x` of `t2mir.tensors`, as in `t2mir.fit`; returns the number of tokens."""
     c = model.config
     batch = t2mir.BACKBONES[c.mode].batch(c, x, 0, c.batch)
     with torch.autocast(c.device, torch.bfloat16, enabled=c.dtype == "bfloat16"):
         losses = model(batch)
         loss = sum(weight * losses[name] for name, weight in c.loss_weights.items() if name in losses)
-    optimizer.zero_grad()
+    model.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), c.clip)
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     for block in model.blocks:
         if block.moe is not None and block.moe.task_moe is not None:
             block.moe.task_moe.update_key_router()
-    return 3 * batch["times"].numel() + (batch["seen"].numel() if "queries" in batch else 0)
+    return 3 * batch["rewards"].numel() + batch["seen"].numel()
 
 
 def bench(c):
@@ -90,9 +91,7 @@ def bench(c):
     for name, moe in (("T2MIR", True), ("dense", False)):
         torch.manual_seed(0)
         model = t2mir.new_model(dataclasses.replace(c, token_moe=moe, task_moe=moe), data, everything)
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, c.lr, weight_decay=c.weight_decay, fused=c.device != "mps")
-        agents[name] = model, optimizer, t2mir.BACKBONES[c.mode](model, TASKS)
+        agents[name] = model, t2mir.new_optimizers(model), t2mir.BACKBONES[c.mode](model, TASKS)
     finished = c.context - 1 if c.mode == "ad" else 1  # episodes in the memory of an agent that acts
     memory = [tuple(x[key][:TASKS, i] for key in ("states", "actions", "rewards")) for i in range(finished)]
     a, b = (torch.randn(n, 4 * c.d_model, device=c.device, dtype=getattr(torch, c.dtype)) for n in (16_384, c.d_model))
@@ -111,8 +110,8 @@ def bench(c):
         agent.observe(memory[0][0][:, t], actions, memory[0][2][:, t], t)
 
     for _ in range(ROUNDS):
-        for name, (model, optimizer, agent) in agents.items():
-            tokens = clock((name, "train"), training_step, model.train(), optimizer, x)
+        for name, (model, optimizers, agent) in agents.items():
+            tokens = clock((name, "train"), training_step, model.train(), optimizers, x)
             model.eval()
             clock((name, "remember"), torch.no_grad()(agent.begin_episode), memory)
             for t in range(5):

@@ -1,0 +1,120 @@
+"""Compares two agents in pairs of runs with the same seed, on held-out and in fresh tasks, with 95% intervals.
+
+    python experiments/compare.py --first RUN [RUN ...] --second RUN [RUN ...] [--tasks 400] [--seed 1] [--csv FILE]
+
+Two quantities are compared: the loss -log P on the dataset's held-out tasks, and the score in fresh tasks, which no
+dataset holds. A fresh task has no expert, so a score is (R - R_random) / (R_expert - R_random) with the mean returns of
+the dataset's tasks. Both are averaged over the episodes from the second one on. Intervals are percentile bootstraps
+that draw seeds and tasks anew, each with replacement. The interquartile mean leaves out the lowest and the highest
+quarter of all runs and tasks.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import tyro
+from scipy.stats import bootstrap, trim_mean
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import t2mir  # noqa: E402
+from collect import BadInput  # noqa: E402
+from envs import ENVS, sample_tasks  # noqa: E402
+from fresh_tasks import append  # noqa: E402
+
+
+def measure(runs, tasks, seed):
+    """A dict seed -> what a run scores: `heldout` by held-out task, `score` by fresh task, and numbers of its log."""
+    measured = {}
+    for run in runs:
+        saved, agent = t2mir.read_checkpoint(run), t2mir.load_agent(run)
+        c = agent.config
+        if c.env not in ENVS:
+            raise BadInput(f"{c.env} has no simulator in envs.py")
+        if c.seed in measured:
+            raise BadInput(f"two runs of one agent have seed {c.seed}: {run} is the second one")
+        if saved["step"] < c.steps:
+            raise BadInput(f"{run} has not ended")
+        data, _, held_out = t2mir.open_dataset(c)
+        if data["fingerprint"] != saved["fingerprint"]:
+            raise BadInput(f"{c.data}/{c.env}.npz is not the dataset that {run} has been trained on")
+        one_task = (np.arange(len(held_out)) == i for i in np.flatnonzero(held_out))
+        heldout = [t2mir.held_out_loss(agent, t2mir.tensors(data, task, "cpu"))[1].mean() for task in one_task]
+        returns = t2mir.evaluate(agent, sample_tasks(c.env, tasks, [seed, 2]), c.eval_episodes, seed)
+        low, high = data["random_return"].mean(), data["expert_return"].mean()
+        log = {k: saved["log"][-1].get(k, np.nan) for k in ("nll", "token_experts", "task_experts", "seconds")}
+        measured[c.seed] = log | {"heldout": np.array(heldout), "score": (returns - low) / (high - low)}
+        measured[c.seed] |= {"same": (c.env, c.mode, c.steps, c.eval_episodes, data["fingerprint"])}
+        measured[c.seed] |= {"training_tasks": agent.sizes["num_tasks"]}
+    return measured
+
+
+def interval(first, second, statistic=np.mean):
+    """statistic(first) - statistic(second), arrays (seeds, tasks) of pairs, and the ends of its 95% interval."""
+    at = [np.arange(n) if n > 1 else np.zeros(2, int) for n in first.shape]  # one seed is drawn again and again
+
+    def difference(seeds, tasks):
+        return statistic(first[np.ix_(seeds, tasks)]) - statistic(second[np.ix_(seeds, tasks)])
+
+    options = dict(n_resamples=2000, method="percentile", vectorized=False, rng=0)
+    return statistic(first) - statistic(second), *bootstrap(at, difference, **options).confidence_interval
+
+
+def interquartile_mean(x):
+    return trim_mean(x, 0.25, axis=None)
+
+
+def main(
+    first: tuple[Path, ...],
+    second: tuple[Path, ...],
+    tasks: int = 400,
+    seed: int = 1,
+    label: str = "",
+    csv: Path | None = None,
+):
+    """Compares and prints.
+
+    Args:
+        first: folders of the runs of one agent, one per seed
+        second: folders of the runs of the agent that is subtracted, with the same seeds
+        tasks: how many fresh tasks are drawn
+        seed: random seed of the fresh tasks, of the start states and of the exploration
+        label: name of this comparison
+        csv: file to which a row is added
+    """
+    one, two = measure(first, tasks, seed), measure(second, tasks, seed)
+    if one.keys() != two.keys():
+        raise BadInput(f"the seeds must be the same: {sorted(one)} and {sorted(two)}")
+    if len({run["same"] for run in [*one.values(), *two.values()]}) > 1:
+        raise BadInput("the runs must have one environment, backbone, dataset, and number of steps and of episodes")
+    seeds, example = sorted(one), next(iter(one.values()))
+    row = {"label": label, **dict(zip(("env", "mode", "steps"), example["same"])), "seeds": len(seeds)}
+    row |= {"training_tasks": example["training_tasks"]}
+    for name in ("nll", "token_experts", "task_experts", "seconds"):
+        row |= {f"{which}_{name}": np.mean([runs[s][name] for s in seeds]) for which, runs in (("first", one), ("second", two))}
+    pairs = {"heldout": [np.stack([runs[s]["heldout"] for s in seeds]) for runs in (one, two)]}
+    scores = [np.stack([runs[s]["score"] for s in seeds]) for runs in (one, two)]  # (seeds, episodes, tasks)
+    pairs |= {"score_1": [s[:, 0] for s in scores], "score_2": [s[:, 1] for s in scores]}
+    pairs |= {"score": [s[:, 1:].mean(1) for s in scores]}
+    print(f"{label}: {row['env']}, {row['mode']}, {row['training_tasks']} training tasks, {row['steps']} steps, seeds {seeds}")
+    print("                                  first   second   difference [95% interval]")
+    for name, (a, b) in pairs.items():
+        found = interval(a, b)
+        print(f"{NAMES[name]:30}{a.mean():9.3f}{b.mean():9.3f}   {found[0]:.3f} [{found[1]:.3f}, {found[2]:.3f}]")
+        row |= {f"first_{name}": a.mean(), f"second_{name}": b.mean()}
+        row |= dict(zip((f"{name}_difference", f"{name}_low", f"{name}_high"), found))
+    found = interval(*pairs["score"], interquartile_mean)
+    print(f"{'its interquartile mean':48}   {found[0]:.3f} [{found[1]:.3f}, {found[2]:.3f}]")
+    row |= dict(zip(("iqm_difference", "iqm_low", "iqm_high"), found))
+    if csv is not None:
+        append(csv, row, [[f"{v:.5g}" if isinstance(v, float) else v for v in row.values()]])
+
+
+NAMES = {"heldout": "held-out loss", "score_1": "score, episode 1", "score_2": "score, episode 2"}
+NAMES |= {"score": "score, episodes 2 to last"}
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main, description=__doc__)
+    except (BadInput, OSError) as error:
+        sys.exit(f"error: {error}")
