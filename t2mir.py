@@ -78,7 +78,7 @@ class Config:
     context: int = 4  # context: episodes, with the running one in AD (K)
     stride: int = 1  # context: every n-th step of a finished episode is kept
     queries: int = 40  # context: queries trained behind each context (Q), in AD at most the horizon
-    steps: int = 3_000  # training: steps
+    steps: int = 2_500  # training: steps
     batch: int = 32  # training: sequences in a batch of each process, two from each of batch / 2 tasks (B)
     lr: float = 5e-3  # training: peak learning rate of both optimizers, Muon and AdamW
     warmup: int = 100  # training: steps of linear warm-up, followed by a cosine to zero
@@ -117,14 +117,14 @@ class Config:
 
 # The sizes are those of a laptop. The paper's: d_model 128 (AD on MuJoCo 256), 8 heads (DPT on MuJoCo 4), stride 1,
 # batch 32 (AD on MuJoCo 24), dropout 0.05, learning rate 3e-4, 10,000 steps of warm-up in 100,000 steps.
-MUJOCO = dict(d_model=128, stride=8, noise=0.0, steps=1_000, eval_every=250)
-BY_MODE = {"dpt": dict(context=1), "ad": dict(w_imp=0.1, w_load=0.1)}
+MUJOCO = dict(d_model=128, lr=4e-3, stride=8, noise=0.0, steps=1_000, eval_every=250)
+BY_MODE = {"dpt": dict(context=1), "ad": dict(batch=16, w_imp=0.1, w_load=0.1)}
 PRESETS = {
-    ("point_robot", "ad"): dict(batch=16, steps=6_000, eval_every=2_000),
-    ("cheetah_vel", "dpt"): dict(MUJOCO, lr=4e-3, n_layers=4),
-    ("cheetah_vel", "ad"): dict(MUJOCO, lr=4e-3, batch=8, steps=2_000),
-    ("walker_param", "dpt"): dict(MUJOCO, lr=1e-3, n_layers=4),
-    ("walker_param", "ad"): dict(MUJOCO, lr=1e-3, batch=8),
+    ("point_robot", "ad"): dict(steps=6_000, eval_every=2_000),
+    ("cheetah_vel", "dpt"): dict(MUJOCO, n_layers=4),
+    ("cheetah_vel", "ad"): dict(MUJOCO, steps=1_500, eval_every=500),
+    ("walker_param", "dpt"): dict(MUJOCO, n_layers=4),
+    ("walker_param", "ad"): dict(MUJOCO, steps=1_500, eval_every=500),
 }
 
 def preset(env="point_robot", mode="dpt", **given):

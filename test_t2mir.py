@@ -2194,8 +2194,8 @@ def test_flags_make_the_config(monkeypatch):
         expected |= t2mir.PRESETS.get((env, mode), {})
         expected |= {"env": env, "mode": mode, **given}
         assert all(getattr(configs[-1], k) == v for k, v in expected.items() if v != "auto")
-    assert (configs[-1].steps, configs[-1].w_imp, configs[-1].context) == (3000, 0.1, 4)
-    assert (configs[-2].steps, configs[-2].w_imp, configs[-2].context) == (3000, 0.01, 1)
+    assert (configs[-1].steps, configs[-1].w_imp, configs[-1].context) == (2500, 0.1, 4)
+    assert (configs[-2].steps, configs[-2].w_imp, configs[-2].context) == (2500, 0.01, 1)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(folder, tmp_path):
