@@ -813,9 +813,8 @@ def report(folder, model, data, tasks, x):
     for (context, y), color in zip(result.items(), ("C0", "C7", "C3")):  # (amounts, tasks)
         row = np.nanmean(normalised(y, data, tasks), axis=1) if more else y[:, 0]
         print(f"{CONTROLS[context] + ':':25}" + "".join(f"{value:7.3f}" for value in row))
+        ax.plot(amount, y, color=color, lw=0.5, alpha=0.2)  # the single tasks, thin behind their mean
         ax.plot(amount, y.mean(1), "o-", color=color, label=CONTROLS[context], ms=4)
-        error = y.std(1, ddof=min(1, y.shape[1] - 1)) / y.shape[1] ** 0.5
-        ax.fill_between(amount, y.mean(1) - error, y.mean(1) + error, color=color, alpha=0.2, lw=0)
     for key, style in (("expert_return", "--"), ("random_return", ":")) if more else ():
         ax.axhline(more[key].mean(), color="k", ls=style, lw=1, label=key.split("_")[0])
     ax.set(xlabel=labels[0], ylabel=labels[1], title=folder.name)

@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import t2mir
 from collect import PRESETS, BadInput, BatchedSAC, Collection, Settings, claim, collect, load, write_atomically
 from envs import ENVS, TaskVec, make_vec, sample_tasks
-from experiments import figures, fresh_tasks, routing, watch
+from experiments import compare, figures, fresh_tasks, routing, watch
 from experiments.bench_collect import flops_of_update
 from t2mir import BACKBONES, T2MIR, Config, TaskMoE, TokenMoE, evaluate, prefix_mean
 
@@ -2068,6 +2068,41 @@ def test_comparison_of_runs(folder, tmp_path, capsys):
     assert f"| 2 | {both[0].mean():.3f} [" in text and f"{both[1].mean():.3f} [" in text
     assert f"1 common seeds: {pair[1].mean():.3f} [" in text
     assert len((tmp_path / "out/results.csv").read_text().splitlines()) == 4
+
+
+def test_pairs_of_runs(folder, tmp_path, capsys):
+    """The differences are those of the agents' scores in the same fresh tasks, and those of their held-out losses."""
+    dense = dict(token_moe=False, task_moe=False)
+    one = [short_run("dpt", folder, tmp_path, name=f"t{seed}", seed=seed) for seed in (0, 1)]
+    two = [short_run("dpt", folder, tmp_path, name=f"d{seed}", seed=seed, **dense) for seed in (0, 1)]
+    compare.main(tuple(one), tuple(reversed(two)), tasks=5, label="pair", csv=tmp_path / "pairs.csv")
+    (row,), data = rows(tmp_path / "pairs.csv"), load(f"{folder}/point_robot.npz")
+    spread = data["expert_return"].mean() - data["random_return"].mean()
+    returns = [np.stack([evaluate(t2mir.load_agent(run), sample_tasks("point_robot", 5, [1, 2]), 2, 1) for run in runs])
+               for runs in (one, two)]  # (seeds, episodes, tasks)
+    for name, episode in (("score_1", 0), ("score_2", 1), ("score", 1)):
+        expected = (returns[0][:, episode] - returns[1][:, episode]).mean() / spread
+        assert float(row[f"{name}_difference"]) == pytest.approx(expected, rel=1e-3)
+        assert float(row[f"{name}_low"]) <= expected <= float(row[f"{name}_high"])
+    heldout = [[t2mir.held_out_loss(t2mir.load_agent(run), t2mir.tensors(data, np.arange(7) == task, "cpu"))[1].mean()
+                for run in runs for task in np.flatnonzero(data["test"])] for runs in (one, two)]
+    assert float(row["heldout_difference"]) == pytest.approx(np.mean(heldout[0]) - np.mean(heldout[1]), rel=1e-3)
+    with pytest.raises(BadInput, match="seeds must be the same"):
+        compare.main(tuple(one), tuple(two[:1]), tasks=5)
+    with pytest.raises(BadInput, match="have seed 0"):
+        compare.main((one[0], two[0]), tuple(two), tasks=5)
+
+
+def test_the_interval_of_a_difference():
+    """It has the width of a normal one: two agents whose scores differ by 0.1 and vary over seeds and tasks."""
+    rng = np.random.default_rng(0)
+    noise = [0.02 * rng.normal(size=(30, 1)) + 0.05 * rng.normal(size=(1, 80)) for _ in range(2)]
+    difference, low, high = compare.interval(0.9 + noise[0], 0.8 + noise[1], np.mean)
+    assert difference == pytest.approx(0.1 + noise[0].mean() - noise[1].mean())
+    width = 2 * 1.96 * math.sqrt(2 * 0.02**2 / 30 + 2 * 0.05**2 / 80)  # both agents' noise
+    assert high - low == pytest.approx(width, rel=0.2)
+    x = rng.normal(size=(4, 10))
+    assert compare.interquartile_mean(x) == pytest.approx(np.sort(x.flatten())[10:30].mean())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

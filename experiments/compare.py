@@ -20,41 +20,45 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import t2mir  # noqa: E402
 from collect import BadInput  # noqa: E402
 from envs import ENVS, sample_tasks  # noqa: E402
-from fresh_tasks import append  # noqa: E402
+from experiments.fresh_tasks import append  # noqa: E402
+
+
+NAMES = {"heldout": "held-out loss", "score_1": "score, episode 1", "score_2": "score, episode 2"}
+NAMES |= {"score": "score, episodes 2 to last", "iqm": "its interquartile mean"}
 
 
 def measure(runs, tasks, seed):
-    """A dict seed -> what a run scores: `heldout` by held-out task, `score` by fresh task, and numbers of its log."""
+    """A dict seed -> what its run measures: `heldout` by held-out task, `score` by episode and fresh task, the log."""
     measured = {}
     for run in runs:
         saved, agent = t2mir.read_checkpoint(run), t2mir.load_agent(run)
         c = agent.config
+        data, _, held_out = t2mir.open_dataset(c)
+        if data["fingerprint"] != saved["fingerprint"]:
+            raise BadInput(f"{c.data}/{c.env}.npz is not the dataset that {run} has been trained on")
         if c.env not in ENVS:
             raise BadInput(f"{c.env} has no simulator in envs.py")
         if c.seed in measured:
             raise BadInput(f"two runs of one agent have seed {c.seed}: {run} is the second one")
         if saved["step"] < c.steps:
-            raise BadInput(f"{run} has not ended")
-        data, _, held_out = t2mir.open_dataset(c)
-        if data["fingerprint"] != saved["fingerprint"]:
-            raise BadInput(f"{c.data}/{c.env}.npz is not the dataset that {run} has been trained on")
+            raise BadInput(f"{run} has not ended: continue it with --resume")
         one_task = (np.arange(len(held_out)) == i for i in np.flatnonzero(held_out))
         heldout = [t2mir.held_out_loss(agent, t2mir.tensors(data, task, "cpu"))[1].mean() for task in one_task]
         returns = t2mir.evaluate(agent, sample_tasks(c.env, tasks, [seed, 2]), c.eval_episodes, seed)
         low, high = data["random_return"].mean(), data["expert_return"].mean()
-        log = {k: saved["log"][-1].get(k, np.nan) for k in ("nll", "token_experts", "task_experts", "seconds")}
-        measured[c.seed] = log | {"heldout": np.array(heldout), "score": (returns - low) / (high - low)}
-        measured[c.seed] |= {"same": (c.env, c.mode, c.steps, c.eval_episodes, data["fingerprint"])}
-        measured[c.seed] |= {"training_tasks": agent.sizes["num_tasks"]}
+        row = {"log": saved["log"][-1], "heldout": np.array(heldout), "score": (returns - low) / (high - low)}
+        same = {"env": c.env, "mode": c.mode, "training_tasks": agent.sizes["num_tasks"], "steps": c.steps}
+        measured[c.seed] = row | {"same": same | {"episodes": c.eval_episodes, "fingerprint": data["fingerprint"]}}
     return measured
 
 
-def interval(first, second, statistic=np.mean):
+def interval(first, second, statistic):
     """statistic(first) - statistic(second), arrays (seeds, tasks) of pairs, and the ends of its 95% interval."""
     at = [np.arange(n) if n > 1 else np.zeros(2, int) for n in first.shape]  # one seed is drawn again and again
 
     def difference(seeds, tasks):
-        return statistic(first[np.ix_(seeds, tasks)]) - statistic(second[np.ix_(seeds, tasks)])
+        drawn = np.ix_(seeds, tasks)
+        return statistic(first[drawn]) - statistic(second[drawn])
 
     options = dict(n_resamples=2000, method="percentile", vectorized=False, rng=0)
     return statistic(first) - statistic(second), *bootstrap(at, difference, **options).confidence_interval
@@ -82,36 +86,33 @@ def main(
         label: name of this comparison
         csv: file to which a row is added
     """
-    one, two = measure(first, tasks, seed), measure(second, tasks, seed)
-    if one.keys() != two.keys():
-        raise BadInput(f"the seeds must be the same: {sorted(one)} and {sorted(two)}")
-    if len({run["same"] for run in [*one.values(), *two.values()]}) > 1:
+    agents = measure(first, tasks, seed), measure(second, tasks, seed)
+    seeds = sorted(agents[0])
+    if seeds != sorted(agents[1]):
+        raise BadInput(f"the seeds must be the same: {seeds} and {sorted(agents[1])}")
+    same = agents[0][seeds[0]]["same"]
+    if any(run["same"] != same for agent in agents for run in agent.values()):
         raise BadInput("the runs must have one environment, backbone, dataset, and number of steps and of episodes")
-    seeds, example = sorted(one), next(iter(one.values()))
-    row = {"label": label, **dict(zip(("env", "mode", "steps"), example["same"])), "seeds": len(seeds)}
-    row |= {"training_tasks": example["training_tasks"]}
-    for name in ("nll", "token_experts", "task_experts", "seconds"):
-        row |= {f"{which}_{name}": np.mean([runs[s][name] for s in seeds]) for which, runs in (("first", one), ("second", two))}
-    pairs = {"heldout": [np.stack([runs[s]["heldout"] for s in seeds]) for runs in (one, two)]}
-    scores = [np.stack([runs[s]["score"] for s in seeds]) for runs in (one, two)]  # (seeds, episodes, tasks)
-    pairs |= {"score_1": [s[:, 0] for s in scores], "score_2": [s[:, 1] for s in scores]}
-    pairs |= {"score": [s[:, 1:].mean(1) for s in scores]}
-    print(f"{label}: {row['env']}, {row['mode']}, {row['training_tasks']} training tasks, {row['steps']} steps, seeds {seeds}")
-    print("                                  first   second   difference [95% interval]")
+    heldout, score = ([np.stack([agent[s][k] for s in seeds]) for agent in agents] for k in ("heldout", "score"))
+    pairs = {"heldout": heldout, "score_1": [s[:, 0] for s in score], "score_2": [s[:, 1] for s in score]}
+    pairs |= {"score": [s[:, 1:].mean(1) for s in score]}  # (seeds, tasks) each
+    pairs["iqm"] = pairs["score"]
+    row = {"label": label, **same, "seeds": " ".join(map(str, seeds)), "fresh_tasks": tasks}
+    row |= {f"{which}_runs": " ".join(map(str, runs)) for which, runs in (("first", first), ("second", second))}
+    print(f"{label}: {row['env']}, {row['mode']}, {row['training_tasks']} training tasks, {row['steps']} steps")
+    print(f"seeds {row['seeds']}                     first   second   difference [95% interval]")
     for name, (a, b) in pairs.items():
-        found = interval(a, b)
-        print(f"{NAMES[name]:30}{a.mean():9.3f}{b.mean():9.3f}   {found[0]:.3f} [{found[1]:.3f}, {found[2]:.3f}]")
-        row |= {f"first_{name}": a.mean(), f"second_{name}": b.mean()}
-        row |= dict(zip((f"{name}_difference", f"{name}_low", f"{name}_high"), found))
-    found = interval(*pairs["score"], interquartile_mean)
-    print(f"{'its interquartile mean':48}   {found[0]:.3f} [{found[1]:.3f}, {found[2]:.3f}]")
-    row |= dict(zip(("iqm_difference", "iqm_low", "iqm_high"), found))
+        statistic = interquartile_mean if name == "iqm" else np.mean
+        difference, low, high = interval(a, b, statistic)
+        print(f"{NAMES[name]:27}{statistic(a):9.3f}{statistic(b):9.3f}   {difference:.3f} [{low:.3f}, {high:.3f}]")
+        values = dict(first=statistic(a), second=statistic(b), difference=difference, low=low, high=high)
+        row |= {f"{name}_{key}": value for key, value in values.items()}
+    for name in ("nll", "token_experts", "task_experts", "seconds"):
+        for which, agent in zip(("first", "second"), agents):
+            row[f"{which}_{name}"] = np.mean([agent[s]["log"].get(name, np.nan) for s in seeds])
     if csv is not None:
         append(csv, row, [[f"{v:.5g}" if isinstance(v, float) else v for v in row.values()]])
 
-
-NAMES = {"heldout": "held-out loss", "score_1": "score, episode 1", "score_2": "score, episode 2"}
-NAMES |= {"score": "score, episodes 2 to last"}
 
 if __name__ == "__main__":
     try:
