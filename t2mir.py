@@ -14,9 +14,9 @@ Equations (1) to (6) are numbered where they are computed. What this model does 
     AD: up to K - 1 finished episodes, the best one last, then the running one, whose states are the queries.
 
         s a r s a r s a r | s a r s a r s a r | q1 q2 q3      L_action: each query predicts what the learning agent
-        -------------------                     ^             would have done. q1, q2, q3 are states of the running
-        -------------------------                  ^          episode. Each sees what was there before it: the finished
-        -------------------------------               ^       episodes and the earlier steps of its own
+        -------------------                     ^             would have done. q1, q2, q3 are the three states of the
+        -------------------------                  ^          second, running episode; each sees what was before it:
+        -------------------------------               ^       the finished episode and the earlier steps of its own
 
     DPT: K episodes as the prompt, and as queries any states of the task.
 
@@ -76,7 +76,7 @@ class Config:
     w_con: float = 0.01  # MoE: weight of the InfoNCE loss
     momentum: float = 0.005  # MoE: fraction by which the key router follows the task router in each step
     context: int = 4  # context: episodes, with the running one in AD (K)
-    stride: int = 1  # context: every n-th step of a finished episode is kept
+    stride: int = 1  # context: every n-th step of an episode is kept
     queries: int = 40  # context: queries trained behind each context (Q), in AD at most the horizon
     steps: int = 2_500  # training: steps
     batch: int = 32  # training: sequences in a batch of each process, two from each of batch / 2 tasks (B)
@@ -120,7 +120,7 @@ class Config:
 MUJOCO = dict(d_model=128, lr=4e-3, stride=8, noise=0.0, steps=1_000, eval_every=250)
 BY_MODE = {"dpt": dict(context=1), "ad": dict(batch=16, w_imp=0.1, w_load=0.1)}
 PRESETS = {
-    ("point_robot", "ad"): dict(steps=6_000, eval_every=2_000),
+    ("point_robot", "ad"): dict(steps=12_000, eval_every=4_000),
     ("cheetah_vel", "dpt"): dict(MUJOCO, n_layers=4),
     ("cheetah_vel", "ad"): dict(MUJOCO, steps=1_500, eval_every=500),
     ("walker_param", "dpt"): dict(MUJOCO, n_layers=4),
@@ -240,7 +240,7 @@ class TokenMoE(MoE):
 class TaskMoE(MoE):
     """(3) Task-wise MoE: y_task = sum_i w_task(i; h_mean) E_i(h) with w_task = softmax(topk(G_task(h_mean))).
 
-    The experts act on the token; only the choice among them is the task's. Its router needs no noise: there is no load
+    The experts act on the token; only its gates are the task's. The router needs no noise: there is no load
     to differentiate, and InfoNCE trains all of its logits whichever experts are chosen.
     """
     def __init__(self, c, hidden, d_out):
@@ -398,7 +398,7 @@ class T2MIR(nn.Module):
         mask = None if prefix is None and past == 0 else attention_mask(x.shape[1], prefix, past, x.device)
         x, routed = self.dropout(x), []
         for i, block in enumerate(self.blocks):
-            last = i == len(self.blocks) - 1  # its experts compute only what is read: L_action trains no other gates
+            last = i == len(self.blocks) - 1  # its experts skip unread tokens, whose gates L_action cannot reach
             x, r = block(x, mask, prefix, cache, select if last else slice(None))
             routed += [] if r is None else [r]
         mean, log_std = self.head(self.norm(x)).chunk(2, dim=-1)
@@ -454,7 +454,7 @@ class Cache:
         return mean
 
     def step(self, model, x, keep=True):
-        """Mean and deviation (B, act_dim) of the policy at the last token of x (B, L, D); `keep` stores x."""
+        """Mean and deviation (B, act_dim) of the policy at the last token of x (B, L, D); dropped unless `keep`."""
         sums = self.sums.clone()
         mean, log_std, _ = model.act(x, cache=self, select=slice(-1, None))
         self.length, self.sums = (self.length + x.shape[1], self.sums) if keep else (self.length, sums)
@@ -496,8 +496,9 @@ class AD:
     """Algorithm Distillation (Laskin et al. 2023) imitates a learning agent and continues the improvement it sees.
 
     The context is 0 to K - 1 finished episodes of a task's learning history, mostly bad ones, and a running one of its
-    last quarter (at most of the last 40 episodes), whose states are the queries. In half of these a guest acts, another
-    task's agent, and the target is what the learner would have done: its own past actions would give its next one away.
+    last quarter (at most of the last 40 episodes), whose states are the queries. Half of the running episodes are a
+    guest's, another task's agent, if there are targets for it: what the learner would have done in the guest's states.
+    While the running episode is the learner's own, its past actions give its next one away.
     """
     @staticmethod
     def batch(c, x, step, size, remembered=None):
@@ -505,14 +506,14 @@ class AD:
 
         Of the context: states, actions (B, S, .), rewards (B, S), times (S,), task_ids (B,). Of the queries: queries
         (B, Q, obs_dim), query_times (B, Q) or one for all, targets (B, Q, act_dim), and seen (B, Q), the steps of
-        context that each sees. `remembered` has the arrays of the finished episodes, if these are not x.
+        context that each sees. The finished episodes, DPT's prompt, are from the arrays `remembered`, by default x.
         """
         (N, E, T), device, remembered = x["rewards"].shape, x["rewards"].device, remembered or x
         task = torch.rand(N, device=device).argsort()[: size // 2].repeat(2)  # two sequences of each task
         n = step % c.context  # 0 to K - 1 finished episodes
         own, guest = (x[k][torch.randint(len(x[k]), (size, 1), device=device)] for k in ("own", "guests"))
         running = torch.where(torch.rand(size, 1, device=device) < 0.5, guest, own)  # (B, 1)
-        # The finished episodes are n of the r worst, r uniform; of the others if r < n; never the running one.
+        # The finished episodes are n of the r worst, r uniform, filled up if r < n; never the running one.
         others = torch.arange(E, device=device) >= torch.rand(size, 1, device=device) * E  # (B, E), by return
         score = torch.rand(size, E, device=device) + others + 2 * (x["by_return"][task] == running)
         place = score.topk(n, largest=False).indices.sort(dim=1).values
@@ -586,7 +587,7 @@ CONTROLS = {"own": "own context", "hidden": "context hidden", "other": "context 
 def evaluate(model, tasks, episodes, seed=0, context="own"):
     """Acts in `tasks` (N, task_dim), all together, without any weight update; returns (episodes, N).
 
-    Controls: context "other" has the finished episodes of the task before, "hidden" is emptied before each action.
+    Controls: context "other" has the finished episodes of task i - 1, "hidden" is emptied before each action.
     """
     c, device, was_training = model.config, model.state_mean.device, model.training
     agent, memory = BACKBONES[c.mode](model.eval(), len(tasks)), []  # memory: the finished episodes
@@ -676,7 +677,7 @@ def new_model(c, data, train):
     return model.to(c.device)
 
 def new_optimizers(model):
-    """Muon (Jordan et al. 2024) for the matrices within the blocks, AdamW for embeddings, routers, norms and head."""
+    """Muon (Jordan et al. 2024), which is for hidden matrices: attention, experts, dense layers. AdamW for the rest."""
     c, inner = model.config, [m for m in model.modules() if isinstance(m, (Attention, Experts, nn.Sequential))]
     matrices = list(nn.ModuleList(inner).parameters())
     others = [p for p in model.parameters() if p.requires_grad and p not in set(matrices)]

@@ -2068,6 +2068,7 @@ def test_comparison_of_runs(folder, tmp_path, capsys):
     assert f"| 2 | {both[0].mean():.3f} [" in text and f"{both[1].mean():.3f} [" in text
     assert f"1 common seeds: {pair[1].mean():.3f} [" in text
     assert len((tmp_path / "out/results.csv").read_text().splitlines()) == 4
+    assert (tmp_path / "out/scores.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_pairs_of_runs(folder, tmp_path, capsys):

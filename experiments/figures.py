@@ -1,11 +1,12 @@
-"""Compares finished runs: a table (results.md), a row per run (results.csv), and a picture per environment (ENV.png).
+"""Compares finished runs: a table (results.md), a row per run (results.csv), and a picture (scores.png).
 
     python experiments/figures.py RUN [RUN ...] --out FOLDER
 
 The runs (seeds) of an agent are those whose settings are the same. Scores are (R - R_random) / (R_expert - R_random) on
 the held-out tasks. Behind each mean stands its 95% interval: a percentile bootstrap that draws seeds and tasks anew,
-each with replacement, and is too narrow where there are few seeds. A picture has the test return against the training
-step (the paper's Fig. 3), a line per run, and the score against the episode in context, with the interval.
+each with replacement, and is too narrow where there are few seeds. The picture has a column for each environment: above,
+the score of the last episode while training (the paper's Fig. 3), a line per run; below, the score against the episode
+in context, with the interval. An agent has the colour of its dense baseline, which is dashed.
 """
 
 import csv
@@ -80,26 +81,25 @@ def csv_row(run):
     return row | {k: " ".join(f"{x:.4g}" for x in numbers) for k, numbers in lists.items()}
 
 
-def picture(env, groups, out):
-    """Draws the agents of one environment; `groups` is a dict agent -> list of runs."""
-    fig = Figure(figsize=(9, 3.4))
-    left, right = fig.subplots(1, 2)
-    for i, (agent, runs) in enumerate(groups.items()):
-        for run in runs:
-            steps, returns = ([float(row[k]) for row in run["log"]] for k in ("step", "return"))
-            left.plot(steps, returns, "o-", color=f"C{i}", ms=2, lw=1)
-        scores = np.stack([run["kept"]["own"] for run in runs], axis=1)  # (episodes, seeds, tasks)
-        mean, low, high = np.array([interval(s) for s in scores]).T
-        right.plot(range(1, len(mean) + 1), mean, "o-", color=f"C{i}", ms=3, label=f"{agent}, {len(runs)} runs")
-        right.fill_between(range(1, len(mean) + 1), low, high, color=f"C{i}", alpha=0.2, lw=0)
-    for k, style in (("expert", "--"), ("random", ":")):
-        left.axhline(run["result"][f"{k}_return"].mean(), color="k", ls=style, lw=1, label=k)
-    left.set(xlabel="training step", ylabel="return in held-out tasks, last episode", title=env)
-    right.set(xlabel="episode in context", ylabel="score (0 random, 1 expert)", title="held-out tasks, end of training")
-    left.legend(fontsize=7)
-    right.legend(fontsize=7)
-    fig.tight_layout()
-    write_atomically(out / f"{env}.png", lambda file: fig.savefig(file, dpi=150, format="png"))
+def picture(groups, out):
+    """Draws scores.png; `groups` is a dict environment -> agent -> list of runs."""
+    fig, colors = Figure(figsize=(1 + 4 * len(groups), 6), layout="tight"), {}
+    for axes, (env, agents) in zip(fig.subplots(2, len(groups), squeeze=False).T, groups.items()):
+        for agent, runs in agents.items():
+            color = colors.setdefault(runs[0]["baseline"] or agent, f"C{len(colors)}")
+            look = dict(color=color, ls="-" if runs[0]["baseline"] else "--", lw=1)
+            for run in runs:
+                axes[0].plot(*([float(row[k]) for row in run["log"]] for k in ("step", "score")), **look)
+            scores = np.stack([run["kept"]["own"] for run in runs], axis=1)  # (episodes, seeds, tasks)
+            mean, low, high = np.array([interval(s) for s in scores]).T
+            axes[1].plot(range(1, len(mean) + 1), mean, **look, label=f"{agent}, {len(runs)} runs")
+            axes[1].fill_between(range(1, len(mean) + 1), low, high, color=color, alpha=0.15, lw=0)
+        for ax, what in zip(axes, ("training step", "episode in context, end of training")):
+            ax.axhline(0, color="k", ls=":", lw=1, label="random")
+            ax.axhline(1, color="k", ls=(0, (6, 2)), lw=1, label="expert")
+            ax.set(xlabel=what, ylabel="score in held-out tasks", title=env, ylim=(-0.05, 1.15))
+        axes[1].legend(fontsize=7, loc="lower right")
+    write_atomically(out / "scores.png", lambda file: fig.savefig(file, dpi=130, format="png"))
 
 
 def main(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("figures")):
@@ -132,7 +132,7 @@ def main(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("figures
             if pairs:
                 text = f"{env}, {agent} minus {members[0]['baseline']}, episodes 2 to last, {len(pairs)} common seeds: "
                 differences += ["", f"{text}{cell(np.array(pairs))}"]
-        picture(env, agents, out)
+    picture(groups, out)
     text = "\n".join([*lines, *differences])
     print(text)
     write_atomically(out / "results.md", lambda file: file.write(f"{text}\n".encode()))
