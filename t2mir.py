@@ -122,9 +122,9 @@ BY_MODE = {"dpt": dict(context=1), "ad": dict(batch=16, w_imp=0.1, w_load=0.1)}
 PRESETS = {
     ("point_robot", "ad"): dict(steps=12_000, eval_every=4_000),
     ("cheetah_vel", "dpt"): dict(MUJOCO, n_layers=4),
-    ("cheetah_vel", "ad"): dict(MUJOCO, steps=1_500, eval_every=500),
+    ("cheetah_vel", "ad"): dict(MUJOCO, steps=3_000, eval_every=1_000),
     ("walker_param", "dpt"): dict(MUJOCO, n_layers=4),
-    ("walker_param", "ad"): dict(MUJOCO, steps=1_500, eval_every=500),
+    ("walker_param", "ad"): dict(MUJOCO, steps=3_000, eval_every=1_000),
 }
 
 def preset(env="point_robot", mode="dpt", **given):
