@@ -98,7 +98,7 @@ def picture(groups, out):
             ax.axhline(0, color="k", ls=":", lw=1, label="random")
             ax.axhline(1, color="k", ls=(0, (6, 2)), lw=1, label="expert")
             ax.set(xlabel=what, ylabel="score in held-out tasks", title=env, ylim=(-0.05, 1.15))
-        axes[1].legend(fontsize=7, loc="lower right")
+        axes[1].legend(fontsize=7, loc="lower right").set_in_layout(False)
     write_atomically(out / "scores.png", lambda file: fig.savefig(file, dpi=130, format="png"))
 
 
