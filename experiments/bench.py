@@ -47,14 +47,13 @@ def flops_of_step(c):
     """
     T, d = ENVS[c.env].horizon, c.d_model
     context = 3 * T * (c.context if c.mode == "ad" else 1)  # tokens
-    queries = c.queries if c.mode == "dpt" else 0
-    read = queries if c.mode == "dpt" else context // 3  # tokens that an action is predicted from
+    queries = c.queries if c.mode == "dpt" else min(c.queries, T)
     tokens = context + queries
     products = 0  # multiply-adds of one sequence, forward
     for i in range(c.n_layers):
         width = 6 if i in c.moe_blocks else 4
         products += tokens * 4 * d * d + tokens * context / 2 * 2 * d  # projections; scores and mixing of values
-        products += (read if i == c.n_layers - 1 else tokens) * 2 * width * d * d
+        products += (queries if i == c.n_layers - 1 else tokens) * 2 * width * d * d
     return c.batch * products * 2 * 3  # two FLOPs each, and backward costs twice as much as forward
 
 
@@ -69,7 +68,7 @@ def made_up_data(c, num_tasks=45, episodes=8):
 def training_step(model, optimizers, x):
     """A step on the arrays `x` of `t2mir.tensors`, as in `t2mir.fit`; returns the number of tokens."""
     c = model.config
-    batch = t2mir.BACKBONES[c.mode].batch(c, x, 0, c.batch)
+    batch = t2mir.BACKBONES[c.mode].batch(c, x, c.context - 1, c.batch)  # in AD with K - 1 finished episodes
     with torch.autocast(c.device, torch.bfloat16, enabled=c.dtype == "bfloat16"):
         losses = model(batch)
         loss = sum(weight * losses[name] for name, weight in c.loss_weights.items() if name in losses)
