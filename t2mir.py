@@ -587,7 +587,7 @@ CONTROLS = {"own": "own context", "hidden": "context hidden", "other": "context 
 def evaluate(model, tasks, episodes, seed=0, context="own"):
     """Acts in `tasks` (N, task_dim), all together, without any weight update; returns (episodes, N).
 
-    Controls: context "other" has the finished episodes of task i - 1, "hidden" is emptied before each action.
+    Controls: "other" gives each task the episodes of the one before, "hidden" empties the context before each action.
     """
     c, device, was_training = model.config, model.state_mean.device, model.training
     agent, memory = BACKBONES[c.mode](model.eval(), len(tasks)), []  # memory: the finished episodes
@@ -678,9 +678,9 @@ def new_model(c, data, train):
 
 def new_optimizers(model):
     """Muon (Jordan et al. 2024), which is for hidden matrices: attention, experts, dense layers. AdamW for the rest."""
-    c, inner = model.config, [m for m in model.modules() if isinstance(m, (Attention, Experts, nn.Sequential))]
-    matrices = list(nn.ModuleList(inner).parameters())
-    others = [p for p in model.parameters() if p.requires_grad and p not in set(matrices)]
+    c, hidden = model.config, (Attention, Experts, nn.Sequential)
+    matrices = {p: None for m in model.modules() if isinstance(m, hidden) for p in m.parameters()}  # an ordered set
+    others = [p for p in model.parameters() if p.requires_grad and p not in matrices]
     return [
         torch.optim.Muon(matrices, c.lr, weight_decay=c.weight_decay, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, c.lr, betas=(0.9, 0.95), weight_decay=c.weight_decay, fused=c.device != "mps"),
