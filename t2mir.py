@@ -584,13 +584,14 @@ CONTROLS = {"own": "own context", "hidden": "context hidden", "other": "context 
 
 # ---- Acting in context -----------------------------------------------------------------------------------------------
 @torch.no_grad()
-def evaluate(model, tasks, episodes, seed=0, context="own"):
+def evaluate(model, tasks, episodes, seed=0, context="own", memory=None):
     """Acts in `tasks` (N, task_dim), all together, without any weight update; returns (episodes, N).
 
     Controls: "other" gives each task the episodes of the one before, "hidden" empties the context before each action.
+    The finished episodes are added to a list `memory`, if one is given: states, actions, rewards (N, T, ...) of each.
     """
     c, device, was_training = model.config, model.state_mean.device, model.training
-    agent, memory = BACKBONES[c.mode](model.eval(), len(tasks)), []  # memory: the finished episodes
+    agent, memory = BACKBONES[c.mode](model.eval(), len(tasks)), [] if memory is None else memory
     env, rng = make_vec(c.env, tasks), torch.Generator(device).manual_seed(seed)
     for episode in range(episodes):
         agent.begin_episode([[part.roll(1, 0) for part in e] for e in memory] if context == "other" else memory)
@@ -618,8 +619,7 @@ def held_out_loss(model, x, context="own", batches=20):
     """
     c, was_training, seen, losses = model.config, model.training, [], []
     backbone, size = BACKBONES[c.mode], min(max(4, c.batch), 2 * len(x["rewards"]))
-    keys = ("states", "actions", "rewards", "by_return")
-    remembered = {key: x[key].roll(int(context == "other"), 0) for key in keys}
+    remembered = {k: x[k].roll(int(context == "other"), 0) for k in ("states", "actions", "rewards", "by_return")}
     model.eval()
     for i in range(batches):
         torch.manual_seed(i)

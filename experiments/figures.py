@@ -4,9 +4,10 @@
 
 The runs (seeds) of an agent are those whose settings are the same. Scores are (R - R_random) / (R_expert - R_random) on
 the held-out tasks. Behind each mean stands its 95% interval: a percentile bootstrap that draws seeds and tasks anew,
-each with replacement, and is too narrow where there are few seeds. The picture has a column for each environment: above,
-the score of the last episode while training (the paper's Fig. 3), a line per run; below, the score against the episode
-in context, with the interval. An agent has the colour of its dense baseline, which is dashed.
+each with replacement, and is too narrow where there are few seeds. The picture has a column for each environment:
+above, the score of the last episode while training (the paper's Fig. 3), a line per run; below, the score against the
+episode in context, with the interval. An agent has the colour of its dense baseline, which is dashed. `compare.py`
+compares two agents in pairs.
 """
 
 import csv
@@ -103,7 +104,7 @@ def picture(groups, out):
 
 
 def main(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("figures")):
-    table, groups, differences = [run for run in map(read, runs) if run], {}, []
+    table, groups = [run for run in map(read, runs) if run], {}
     if not table:
         raise BadInput("name at least one folder of a finished run in an environment of envs.py")
     for run in table:
@@ -127,13 +128,8 @@ def main(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("figures
             own, hidden, other = (np.stack([r["kept"][k] for r in members]) for k in CONTEXTS)  # seeds, episodes, tasks
             means = own[:, 0], own[:, 1], own[:, 1:].mean(1), own[:, -1], hidden[:, 1:].mean(1), other[:, 1:].mean(1)
             lines.append(f"| {env} | {agent} | {len(members)} | {' | '.join(map(cell, means))} |")
-            dense = {r["seed"]: r["kept"]["own"][1:].mean(0) for r in agents.get(members[0]["baseline"], [])}
-            pairs = [r["kept"]["own"][1:].mean(0) - dense[r["seed"]] for r in members if r["seed"] in dense]
-            if pairs:
-                text = f"{env}, {agent} minus {members[0]['baseline']}, episodes 2 to last, {len(pairs)} common seeds: "
-                differences += ["", f"{text}{cell(np.array(pairs))}"]
     picture(groups, out)
-    text = "\n".join([*lines, *differences])
+    text = "\n".join(lines)
     print(text)
     write_atomically(out / "results.md", lambda file: file.write(f"{text}\n".encode()))
     rows, cells = [csv_row(run) for run in table], io.StringIO()

@@ -1,15 +1,17 @@
 #!/bin/sh
-# Makes the tables and pictures of the default agents and of the pairs in part 1 of RESULTS.md, by name:
+# Makes the tables and pictures of RESULTS.md by name:
 #
 #     sh experiments/reproduce.sh defaults
 #
 # The times are minutes of one core of an AMD EPYC; two names at once use two cores. The data comes first: Point-Robot's
-# takes 2 minutes, HalfCheetah's 16. Tables are printed and written to figures/, where rows are added to CSV files. Runs
-# that have ended are not repeated.
+# takes 2 minutes, HalfCheetah's 16, Point-Robot's with 1,000 tasks 12 on two cores. Tables are printed and written to
+# figures/, where rows are added to CSV files. Runs that have ended are not repeated.
 set -e
 cd "$(dirname "$0")/.."
 
 data() { [ -f "data/$1.npz" ] || python collect.py --env "$1"; }
+
+data1000() { [ -f data1000/point_robot.npz ] || python collect.py --train-tasks 1000 --test-tasks 50 --out data1000; }
 
 run() { # NAME and the flags of t2mir.py; an interrupted run is continued
     name=$1
@@ -18,46 +20,87 @@ run() { # NAME and the flags of t2mir.py; an interrupted run is continued
     if [ -f "runs/$name/ckpt.pt" ]; then python t2mir.py --resume "runs/$name"; else python t2mir.py --name "$name" "$@"; fi
 }
 
-pairs() { # PREFIX, DATA FOLDER: five pairs of T2MIR-DPT and DPT on Point-Robot
-    for s in 0 1 2 3 4; do
-        run "$1-dpt-seed$s" --data "$2" --seed $s
-        run "$1-dense-seed$s" --data "$2" --seed $s --no-token-moe --no-task-moe
-    done
-    python experiments/compare.py --first runs/$1-dpt-seed[01234] --second runs/$1-dense-seed[01234] --label "$1" \
+runs() { for s in $2; do echo "runs/$1-seed$s"; done; } # NAME, SEEDS
+
+compare() { # LABEL, NAME and OTHER NAME of two agents, SEEDS, FRESH TASKS: the first one minus the second one
+    python experiments/compare.py --label "$1" --first $(runs "$2" "$4") --second $(runs "$3" "$4") --tasks "$5" \
         --csv figures/pairs.csv
+}
+
+pairs() { # LABEL, NAME, SEEDS, FRESH TASKS and flags: trains T2MIR and its dense baseline, and compares them
+    label=$1 agent=$2 seeds=$3 tasks=$4
+    shift 4
+    for s in $seeds; do
+        run "$agent-seed$s" --seed "$s" "$@"
+        run "$agent-dense-seed$s" --seed "$s" "$@" --no-token-moe --no-task-moe
+    done
+    compare "$label" "$agent" "$agent-dense" "$seeds" "$tasks"
+}
+
+against() { # LABEL, VARIANT and flags: T2MIR-DPT minus a variant of itself, after 1,000 steps with 1,000 tasks
+    label=$1 variant=$2
+    shift 2
+    for s in 0 1 2 3 4; do run "point_robot1000-short-$variant-seed$s" --data data1000 --steps 1000 --seed $s "$@"; done
+    compare "$label" point_robot1000-short "point_robot1000-short-$variant" "0 1 2 3 4" 400
 }
 
 case "$1" in
 pairs) # 35 minutes
     data point_robot
-    pairs point_robot data ;;
-defaults) # 115 minutes after `pairs`: 50 for Point-Robot with AD, 18 for HalfCheetah with DPT, 44 with AD
+    pairs "DPT, 2,500 steps: 200 tasks" point_robot-dpt "0 1 2 3 4" 400 ;;
+tasks) # 70 minutes
+    data1000
+    [ -f data45/point_robot.npz ] || python experiments/subset.py data1000/point_robot.npz --out data45 --train-tasks 45
+    pairs "DPT, 2,500 steps: 45 tasks" point_robot45 "0 1 2 3 4" 400 --data data45
+    pairs "DPT, 2,500 steps: 1,000 tasks" point_robot1000 "0 1 2 3 4" 400 --data data1000 ;;
+steps) # 20 minutes
+    data1000
+    pairs "DPT, 1,000 tasks: 500 steps" point_robot1000-500 "0 1 2 3 4" 400 --data data1000 --steps 500
+    pairs "DPT, 1,000 tasks: 1,000 steps" point_robot1000-short "0 1 2 3 4" 400 --data data1000 --steps 1000 ;;
+width) # 25 minutes
+    data1000
+    pairs "DPT, 1,000 tasks: width 16" point_robot1000-d16 "0 1 2 3 4" 400 --data data1000 --d-model 16 ;;
+ad) # 85 minutes for the long pairs, 40 for the short ones
     data point_robot
+    pairs "AD, 200 tasks: 3,000 steps" point_robot-ad-short "0 1 2 3 4" 400 --mode ad --steps 3000
+    pairs "AD, 200 tasks: 12,000 steps" point_robot-ad "0 1 2" 400 --mode ad --eval-episodes 30 ;;
+cheetah) # 120 minutes: 35 with DPT, 85 with AD
     data cheetah_vel
-    for s in 0 1 2; do
-        run point_robot-dpt-seed$s --seed $s
-        run point_robot-dense-seed$s --seed $s --no-token-moe --no-task-moe
-        run point_robot-ad-seed$s --mode ad --seed $s --eval-episodes 30
-        run cheetah_vel-dpt-seed$s --env cheetah_vel --seed $s
-        run cheetah_vel-ad-seed$s --env cheetah_vel --mode ad --seed $s
-    done
-    python experiments/figures.py runs/point_robot-dpt-seed[012] runs/point_robot-dense-seed[012] \
-        runs/point_robot-ad-seed[012] runs/cheetah_vel-dpt-seed[012] runs/cheetah_vel-ad-seed[012] --out figures
+    pairs "HalfCheetah: DPT" cheetah_vel-dpt "0 1 2" 100 --env cheetah_vel
+    pairs "HalfCheetah: AD" cheetah_vel-ad "0 1 2" 100 --env cheetah_vel --mode ad ;;
+ablations) # 30 minutes after `steps`
+    against "without: the balance loss" nobalance --w-imp 0 --w-load 0
+    against "without: InfoNCE" noinfonce --w-con 0
+    against "without: the token-wise MoE" notoken --no-token-moe
+    against "without: the task-wise MoE" notask --no-task-moe ;;
+experts) # 25 minutes after `steps`
+    against "experts: half as many" half --token-experts 3 --task-experts 4
+    against "experts: twice as many" twice --token-experts 12 --task-experts 16
+    against "experts: four times as many" four --token-experts 24 --task-experts 32 ;;
+quality) # 25 minutes
+    data point_robot
+    for part in early late mixed; do
+        [ -d "data_$part" ] || python experiments/subset.py data/point_robot.npz --out "data_$part" --episodes $part
+        pairs "DPT, 1,000 steps: $part half" "point_robot-$part" "0 1 2" 400 --data "data_$part" --steps 1000
+    done ;;
+defaults) # 10 minutes after `pairs`, `ad` and `cheetah`
+    python experiments/figures.py $(for a in point_robot-dpt point_robot-ad cheetah_vel-dpt cheetah_vel-ad; do
+        runs $a "0 1 2"
+        runs $a-dense "0 1 2"
+    done) --out figures
     for agent in point_robot-dpt point_robot-ad; do
-        python experiments/fresh_tasks.py runs/$agent-seed[012] --tasks 400 --seed 1 --csv figures/fresh_tasks.csv
+        python experiments/fresh_tasks.py $(runs $agent "0 1 2") --tasks 400 --seed 1 --csv figures/fresh_tasks.csv
     done
     for agent in cheetah_vel-dpt cheetah_vel-ad; do
-        python experiments/fresh_tasks.py runs/$agent-seed[012] --tasks 100 --csv figures/fresh_tasks.csv
+        python experiments/fresh_tasks.py $(runs $agent "0 1 2") --tasks 100 --csv figures/fresh_tasks.csv
     done
-    python experiments/fresh_tasks.py runs/point_robot-dpt-seed[012] --tasks 400 --seed 1 --context other
-    python experiments/speeds.py runs/cheetah_vel-dpt-seed[012] --out figures/cheetah_vel-dpt-speeds.csv
-    python experiments/watch.py runs/point_robot-dpt-seed0
-    python experiments/watch.py runs/cheetah_vel-dpt-seed0 ;;
-tasks) # 35 minutes and 13 to collect the data
-    [ -f data1000/point_robot.npz ] || python collect.py --train-tasks 1000 --test-tasks 50 --out data1000
-    pairs point_robot1000 data1000 ;;
-gradients) # 1 minute, after `defaults`
-    python experiments/gradients.py runs/point_robot-dpt-seed[012] runs/point_robot-dense-seed[012] \
-        runs/point_robot-ad-seed[012] ;;
+    python experiments/fresh_tasks.py $(runs point_robot-dpt "0 1 2") --tasks 400 --seed 1 --context other
+    python experiments/speeds.py $(runs cheetah_vel-dpt "0 1 2") --out figures/cheetah_vel-dpt-speeds.csv
+    for agent in point_robot-dpt cheetah_vel-dpt; do
+        python experiments/watch.py runs/$agent-seed0
+        python experiments/routing.py runs/$agent-seed0
+    done ;;
+gradients) # 2 minutes after `pairs` and `ad`
+    python experiments/gradients.py $(for a in dpt dpt-dense ad ad-dense; do runs point_robot-$a "0 1 2"; done) ;;
 *) grep '^[a-z]*) #' "$0" ;;
 esac

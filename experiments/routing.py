@@ -5,7 +5,8 @@
 Contexts are single stored episodes, evenly spaced over each task's history. The picture, FOLDER/NAME-routing.png, has
 t-SNE maps of the logits of the token-wise router (by modality) and of the task-wise router (by task, after a whole
 episode), the share of each modality's choices that goes to each expert, and how soon the task-wise router settles: the
-share of the experts chosen after a whole episode that are already chosen after each step. The last two are printed.
+share of the experts chosen after a whole episode that are already chosen after each step. The last two are printed, and
+with a simulator whether the task-wise router chooses in an agent's own episodes as it does in stored ones.
 """
 
 import dataclasses
@@ -26,14 +27,13 @@ EPISODES, POINTS = 10, 1500  # stored episodes of each task, and tokens in the m
 
 
 @torch.no_grad()
-def route(model, x):
-    """The last T2MIR layer's Routing of both routers, which read n episodes of S steps of `x`, see `t2mir.tensors`.
+def route(model, states, actions, rewards):
+    """The last T2MIR layer's Routing of both routers, which read n episodes: (n, T, obs_dim), (n, T, act_dim), (n, T).
 
     In DPT, S queries follow the 3 S tokens of the prompt: the states of the prompt, which see all of it.
     """
-    stride, E = model.config.stride, x["rewards"].shape[1]
-    at = np.linspace(0, E - 1, min(EPISODES, E)).astype(int)
-    states, actions, rewards = (x[k][:, at, ::stride].flatten(0, 1) for k in ("states", "actions", "rewards"))
+    stride = model.config.stride
+    states, actions, rewards = (part[:, ::stride] for part in (states, actions, rewards))
     tokens = model.tokens(states, actions, rewards, torch.arange(0, model.horizon, stride))
     if model.config.mode == "dpt":
         prefix = torch.full(rewards.shape, tokens.shape[1])
@@ -46,6 +46,25 @@ def route(model, x):
 def chosen(routing):
     """1 / k for each chosen expert of each token, else 0: the shape of routing.logits."""
     return torch.zeros_like(routing.logits).scatter(-1, routing.chosen, 1 / routing.chosen.shape[-1])
+
+
+def compare_contexts(model, tasks, stored, last):
+    """Prints how many of the task-wise router's experts two contexts of a task have in common, on average.
+
+    `stored` (n, N, E) are the choices after n stored episodes of each task; the token `last` ends an episode.
+    """
+    memory = []
+    t2mir.evaluate(model, tasks, EPISODES, seed=1, memory=memory)
+    own = torch.stack([chosen(route(model, *episode)[1])[:, last] for episode in memory])
+
+    def common(a, b):
+        return torch.minimum(a[:, None], b[None]).sum(-1).mean(2)  # of all pairs of contexts
+
+    pairs = ~torch.eye(len(stored), dtype=torch.bool)
+    print("share of the task-wise MoE's experts that two contexts have in common")
+    print(f"two stored episodes of a task          {common(stored, stored)[pairs].mean():5.0%}")
+    print(f"an agent's own and a stored one        {common(own, stored).mean():5.0%}")
+    print(f"stored ones of two tasks               {common(stored, stored.roll(1, 1)).mean():5.0%}")
 
 
 def tsne(points, perplexity):
@@ -61,7 +80,10 @@ def main(run: tyro.conf.Positional[Path], out: Path = Path("figures")):
     data, _, held_out = t2mir.open_dataset(dataclasses.replace(c, resume=str(run)))  # collects nothing
     if held_out.sum() < 3:
         raise BadInput(f"{run} has {held_out.sum()} held-out tasks: a map of tasks needs at least 3")
-    token, task = route(model, t2mir.tensors(data, held_out, "cpu"))
+    E = data["rewards"].shape[1]
+    at = np.linspace(0, E - 1, min(EPISODES, E)).astype(int)
+    stored = (torch.as_tensor(data[k][held_out][:, at]).flatten(0, 1) for k in ("states", "actions", "rewards"))
+    token, task = route(model, *stored)
     n, S = len(token.logits), len(range(0, model.horizon, c.stride))
     names = ["state", "action", "reward", "query"][: 4 if c.mode == "dpt" else 3]
     modality = torch.cat([torch.arange(3).repeat(S), torch.full((token.logits.shape[1] - 3 * S,), 3)])  # of each token
@@ -107,6 +129,9 @@ def main(run: tyro.conf.Positional[Path], out: Path = Path("figures")):
     some = np.unique(np.linspace(0, S - 1, 8).astype(int))
     print("steps   " + " ".join(f"{steps[i]:5}" for i in some))
     print("share   " + " ".join(f"{mean[i]:5.0%}" for i in some))
+    if data["simulator"]:
+        after = chosen(task)[:, 3 * S - 1].unflatten(0, (held_out.sum(), -1)).transpose(0, 1)  # (episodes, tasks, E)
+        compare_contexts(model, data["tasks"][held_out], after, 3 * S - 1)
     fig.tight_layout()
     path = out / f"{run.stem if run.suffix == '.pt' else run.resolve().name}-routing.png"
     write_atomically(path, lambda file: fig.savefig(file, dpi=150, format="png"))
