@@ -68,7 +68,7 @@ class Config:
     moe_layers: str = "last"  # MoE: blocks with a T2MIR layer: last, all, or indices such as 0,2
     token_experts: int = 6  # MoE: experts of the token-wise MoE (the paper's K1)
     task_experts: int = 8  # MoE: experts of the task-wise MoE (the paper's K2)
-    top_k: int = 2  # MoE: experts that compute a token, in each MoE
+    top_k: int = 2  # MoE: experts that compute a token, in each MoE; a single one would have a gate without a gradient
     token_moe: bool = True  # MoE: the token-wise MoE; with neither MoE the agent is plain AD or DPT
     task_moe: bool = True  # MoE: the task-wise MoE; a MoE that stands alone takes the full width
     w_imp: float = 0.01  # MoE: weight of the importance term of the balance loss
@@ -99,17 +99,17 @@ class Config:
     def __post_init__(self):
         self.device = pick_device(self.device)
         self.dtype = {"auto": "bfloat16" if "cuda" in self.device else "float32"}.get(self.dtype, self.dtype)
-        least = dict(seed=0, warmup=0, val_tasks=0, top_k=2, batch=2)  # with top_k 1 the gate is 1 and has no gradient
+        low, high = dict(seed=0, warmup=0, val_tasks=0, top_k=2, batch=2), dict(dropout=0.99, momentum=1)
         for f in dataclasses.fields(self):
-            low, high = least.get(f.name, 1 if f.type is int else 0), dict(dropout=0.99, momentum=1).get(f.name, 1e99)
-            fits = f.type not in (int, float) or low <= getattr(self, f.name) <= high
-            require(fits, f"--{f.name} {getattr(self, f.name)} must lie between {low} and {high:g}")
+            if f.type in (int, float):
+                value, least, most = getattr(self, f.name), low.get(f.name, int(f.type is int)), high.get(f.name, 1e99)
+                require(least <= value <= most, f"--{f.name} {value} must lie between {least} and {most:g}")
         require(self.mode in BACKBONES, f"--mode {self.mode} must be ad or dpt")
         blocks = {"last": [self.n_layers - 1], "all": range(self.n_layers)}.get(self.moe_layers)
         self.moe_blocks = blocks or [int(i) if i.isdecimal() else math.inf for i in self.moe_layers.split(",")]
         fits = max(self.moe_blocks) < self.n_layers
         require(fits, f"--moe_layers {self.moe_layers} must be last, all, or indices of blocks such as 0,2")
-        require(self.d_model % 16 == 0 == self.d_model % self.n_heads, "--d_model must divide by 16 and by --n_heads")
+        require(self.d_model % math.lcm(16, self.n_heads) == 0, "--d_model must be a multiple of 16 and of --n_heads")
         require(self.batch % 2 == 0, f"--batch {self.batch} must be even: each task in it has two sequences")
         require(self.top_k < min(self.token_experts, self.task_experts), "--top_k must be below the numbers of experts")
         # (6) The objective is the sum of these losses with these weights: L_action + L_balance + w_con L_InfoNCE.
@@ -146,7 +146,7 @@ def attention_mask(length, prefix=None, past=0, device=None):
     return torch.cat([context, itself], dim=2)[:, None]
 
 class Attention(nn.Module):
-    """Multi-head attention. The last tokens see what the rows of `mask` say, the tokens before them are causal."""
+    """Multi-head attention. The last tokens, one for each row of `mask`, see what it says; all others are causal."""
     def __init__(self, d_model, n_heads, index):
         super().__init__()
         self.n_heads, self.index = n_heads, index
@@ -159,7 +159,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(B, L, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, L, D / heads)
         if cache is not None:
             k, v = cache.append(self.index, k, v)  # (B, heads, past + L, D / heads)
-        n, parts = L - (0 if mask is None else mask.shape[-2]), []
+        n, parts = L if mask is None else L - mask.shape[-2], []  # n causal tokens, which come first
         if n > 0:  # is_causal lets the kernel skip half of the work, a mask does not
             parts.append(F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], is_causal=True))
         if n < L:
@@ -175,7 +175,7 @@ def multiply_by_expert(x, weights, ends):
 
 class Experts(nn.Module):
     """`num` two-layer networks without biases; each token is computed by the experts chosen for it and no others."""
-    def __init__(self, num, d_in, hidden, d_out):
+    def __init__(self, num, d_in, hidden, d_out):  # the weights are lists, because Muon takes matrices only
         super().__init__()
         self.w1 = nn.ParameterList(torch.empty(d_in, hidden).uniform_(-1, 1) * d_in**-0.5 for _ in range(num))
         self.w2 = nn.ParameterList(torch.empty(hidden, d_out).uniform_(-1, 1) * hidden**-0.5 for _ in range(num))
@@ -187,10 +187,11 @@ class Experts(nn.Module):
             h = h.to(torch.get_autocast_dtype(device))
         h, gates, chosen = (x.flatten(0, -2) for x in (h, gates, chosen))  # (N, .)
         expert, order = chosen.flatten().sort(stable=True)  # the N * k pairs, so that each expert has contiguous rows
-        token = order // chosen.shape[1]  # (N * k,)
+        token = order // chosen.shape[1]  # (N * k,), as pair p belongs to token p // k
         ends = torch.searchsorted(expert, torch.arange(len(self.w1), device=h.device), right=True).int()
         w1, w2 = (torch.stack(list(w)).to(h.dtype) for w in (self.w1, self.w2))
-        y = multiply_by_expert(F.gelu(multiply_by_expert(h[token], w1, ends)), w2, ends) * gates.flatten()[order, None]
+        y = F.gelu(multiply_by_expert(h[token], w1, ends))
+        y = multiply_by_expert(y, w2, ends) * gates.flatten()[order, None]
         return y.new_zeros(len(h), y.shape[1]).index_add(0, token, y).view(*shape, -1)
 
 class Routing(NamedTuple):
@@ -199,7 +200,7 @@ class Routing(NamedTuple):
     gates: torch.Tensor  # (..., k) weights of the chosen experts, which sum to 1
     chosen: torch.Tensor  # (..., k) their indices
     importance: torch.Tensor  # (..., E) the gates by expert; their sum over tokens is Imp
-    load: torch.Tensor | None  # (..., E) P(expert is among the top k), with noise; the sum is Load
+    load: torch.Tensor | None  # (..., E) P(expert is among the top k), whose sum is Load; None where there is no noise
 
 class MoE(nn.Module):
     """A router, which chooses `config.top_k` of `num_experts` experts for each token, and these experts.
@@ -262,17 +263,16 @@ class TaskMoE(MoE):
 def prefix_mean(h, prefix=None, past_sum=0.0, past=0):
     """Mean of the layer's inputs over the tokens that each token may attend to, itself included: (B, L, d_model).
 
-    A mean over the whole sequence, as in some of the authors' configs, would show AD's router the rest of the episode,
-    which is not there when the agent acts: it scored 0.38 instead of 0.62 on HalfCheetah. DPT hardly suffers, since
-    its prompt is there when it acts. `prefix`, `past`: see `attention_mask`; past_sum (B, d_model): sum over the past.
+    A mean over the whole sequence, as in some of the authors' configs, would show AD's router the rest of the episode:
+    it scored 0.38 instead of 0.62 on HalfCheetah. `prefix`, `past`: as in `attention_mask`; past_sum (B, 1, d_model).
     """
     Q = 0 if prefix is None else prefix.shape[1]
     context, queries = h.split([h.shape[1] - Q, Q], dim=1)
-    sums = context.cumsum(1) + (past_sum[:, None] if past else 0.0)
+    sums = context.cumsum(1) + past_sum
     means = sums / (past + torch.arange(1, context.shape[1] + 1, device=h.device))[:, None]
     if Q == 0:
         return means
-    before = F.pad(sums, (0, 0, 1, 0)).gather(1, prefix[..., None].expand(-1, -1, h.shape[2]))  # sum of the prefix
+    before = F.pad(sums, (0, 0, 1, 0)).take_along_dim(prefix[..., None], dim=1)  # (B, Q, d_model), sum of the prefix
     return torch.cat([means, (before + queries) / (prefix[..., None] + 1)], dim=1)
 
 # ---- Losses ----------------------------------------------------------------------------------------------------------
@@ -307,7 +307,7 @@ def info_nce(z, k, W, task_ids):
 def neg_log_prob(actions, mean, log_std):
     """-log P of actions under a Gaussian policy, up to a constant, for each action dimension: (..., act_dim).
 
-    Where targets have no noise, the deviation is what the agent does not know: it explores until it knows its task.
+    The targets have no noise, so the deviation is what the agent does not know: it explores until it knows its task.
     """
     return ((actions - mean) * (-log_std).exp()).square() / 2 + log_std
 
@@ -398,9 +398,9 @@ class T2MIR(nn.Module):
         mask = None if prefix is None and past == 0 else attention_mask(x.shape[1], prefix, past, x.device)
         x, routed = self.dropout(x), []
         for i, block in enumerate(self.blocks):
-            last = i == len(self.blocks) - 1  # its experts skip unread tokens, whose gates L_action cannot reach
+            last = i == len(self.blocks) - 1  # nothing reads its other tokens, so its experts skip them
             x, r = block(x, mask, prefix, cache, select if last else slice(None))
-            routed += [] if r is None else [r]
+            routed += [r] if r else []
         mean, log_std = self.head(self.norm(x)).chunk(2, dim=-1)
         return mean.tanh(), -3 * log_std.sigmoid(), routed  # deviations from 0.05 to 1
 
@@ -413,8 +413,8 @@ class T2MIR(nn.Module):
     def forward(self, batch):
         """A batch -> dict of losses (scalars) named as in `Config.loss_weights` and of numbers that are only logged."""
         mean, log_std, routed = self.predict(batch)  # (B, Q, act_dim)
-        # The weight is the deviation, held constant. Without it the mean learns most where the agent is sure already;
-        # with the variance it would learn as from squared errors. This lies between (beta-NLL, Seitzer et al. 2022).
+        # Beta-NLL with beta 0.5 (Seitzer et al. 2022): the weight is the deviation, without a gradient. Unweighted, the
+        # mean learns most where the agent is sure already; weighted by the variance, it learns as from squared errors.
         nll = neg_log_prob(batch["targets"], mean, log_std)  # its mean is logged, to be compared with `heldout`
         losses = defaultdict(float, action=(nll * log_std.detach().exp()).mean(), nll=nll.mean())
         end = 3 * batch["states"].shape[1] - 1  # the last token of the context
@@ -449,15 +449,16 @@ class Cache:
 
     def prefix_mean(self, block, h):
         """`prefix_mean` of h (B, L, D) behind the block's past."""
-        mean = prefix_mean(h, None, self.sums[block], self.length)
+        mean = prefix_mean(h, None, self.sums[block][:, None], self.length)
         self.sums[block] += h.sum(1)
         return mean
 
     def step(self, model, x, keep=True):
-        """Mean and deviation (B, act_dim) of the policy at the last token of x (B, L, D); dropped unless `keep`."""
+        """Mean and deviation (B, act_dim) of the policy at the last token of x (B, L, D), forgotten unless `keep`."""
         sums = self.sums.clone()
         mean, log_std, _ = model.act(x, cache=self, select=slice(-1, None))
-        self.length, self.sums = (self.length + x.shape[1], self.sums) if keep else (self.length, sums)
+        self.length += x.shape[1] if keep else 0
+        self.sums = self.sums if keep else sums  # the blocks have added x to self.sums
         return mean[:, 0], log_std[:, 0].exp()
 
     def fill(self, model, memory, keep, newest=False):
@@ -468,8 +469,9 @@ class Cache:
         self.length, self.sums, keep = 0, torch.zeros_like(self.sums), min(keep, len(memory))
         if keep:
             returns = torch.stack([rewards.sum(1) for _, _, rewards in memory], dim=1)  # (N, n)
-            bonus = returns.new_tensor([0.0] * (len(memory) - 1) + [math.inf if newest else 0.0])
-            places = (returns + bonus).topk(keep).indices
+            priority = returns.clone()
+            priority[:, -1] += math.inf if newest else 0.0
+            places = priority.topk(keep).indices
             places = places.gather(1, returns.gather(1, places).argsort(dim=1, stable=True))  # (N, keep)
             row, stride = torch.arange(len(places), device=places.device)[:, None], model.config.stride
             parts = [torch.stack(part, dim=1)[row, places, ::stride].flatten(1, 2) for part in zip(*memory)]
@@ -487,9 +489,9 @@ def tensors(data, tasks, device):
     x["by_return"] = x["rewards"].sum(-1).argsort(dim=1, stable=True)  # (tasks, E), the best one last
     guest = torch.as_tensor(data.get("guest", np.zeros(x["rewards"].shape[1], bool)), device=device)
     last = torch.arange(len(guest), device=device) >= len(guest) - max(1, min(len(guest) // 4, 40))
-    x["own"] = (last & ~guest if (last & ~guest).any() else last).nonzero()[:, 0]
-    labelled = "learner_actions" in data and (last & guest).any()
-    x["guests"] = (last & guest).nonzero()[:, 0] if labelled else x["own"]
+    own, guests = last & ~guest, last & guest
+    x["own"] = (own if own.any() else last).nonzero()[:, 0]
+    x["guests"] = guests.nonzero()[:, 0] if "learner_actions" in data and guests.any() else x["own"]
     return x
 
 class AD:
@@ -514,9 +516,9 @@ class AD:
         own, guest = (x[k][torch.randint(len(x[k]), (size, 1), device=device)] for k in ("own", "guests"))
         running = torch.where(torch.rand(size, 1, device=device) < 0.5, guest, own)  # (B, 1)
         # The finished episodes are n of the r worst, r uniform, filled up if r < n; never the running one.
-        others = torch.arange(E, device=device) >= torch.rand(size, 1, device=device) * E  # (B, E), by return
-        score = torch.rand(size, E, device=device) + others + 2 * (x["by_return"][task] == running)
-        place = score.topk(n, largest=False).indices.sort(dim=1).values
+        too_good = torch.arange(E, device=device) >= torch.rand(size, 1, device=device) * E  # (B, E), by return
+        rank = torch.rand(size, E, device=device) + too_good + 2 * (x["by_return"][task] == running)
+        place = rank.topk(n, largest=False).indices.sort(dim=1).values
         episode = remembered["by_return"][task].gather(1, place)  # (B, n), the best one last
         kept = torch.arange(0, T, c.stride, device=device)
         finished = task[:, None], episode.repeat_interleave(len(kept), dim=1), kept.repeat(n)
@@ -588,7 +590,7 @@ def evaluate(model, tasks, episodes, seed=0, context="own", memory=None):
     """Acts in `tasks` (N, task_dim), all together, without any weight update; returns (episodes, N).
 
     Controls: "other" gives each task the episodes of the one before, "hidden" empties the context before each action.
-    The finished episodes are added to a list `memory`, if one is given: states, actions, rewards (N, T, ...) of each.
+    The list `memory` holds finished episodes, (states, actions, rewards), each (N, T, ...); the agent adds its own.
     """
     c, device, was_training = model.config, model.state_mean.device, model.training
     agent, memory = BACKBONES[c.mode](model.eval(), len(tasks)), [] if memory is None else memory
@@ -609,7 +611,7 @@ def evaluate(model, tasks, episodes, seed=0, context="own", memory=None):
         memory.append([torch.stack(part, dim=1) for part in zip(*steps)])  # (N, T, ...)
     env.close()
     model.train(was_training)
-    return torch.stack([rewards.sum(1) for _, _, rewards in memory]).cpu().numpy()
+    return torch.stack([rewards.sum(1) for _, _, rewards in memory[-episodes:]]).cpu().numpy()
 
 @torch.no_grad()
 def held_out_loss(model, x, context="own", batches=20):
@@ -624,12 +626,10 @@ def held_out_loss(model, x, context="own", batches=20):
     for i in range(batches):
         torch.manual_seed(i)
         batch = backbone.batch(c, x, i, size, remembered)
-        if context == "hidden":  # each state alone
-            tokens = model.state_tokens(batch["queries"], batch["query_times"]).flatten(0, 1)[:, None]
-            mean, log_std = (part.view_as(batch["targets"]) for part in model.act(tokens)[:2])
-        else:
-            mean, log_std, _ = model.predict(batch)
         seen.append(batch["seen"].flatten())
+        if context == "hidden":  # each query sees itself only
+            batch["seen"] = torch.zeros_like(batch["seen"])
+        mean, log_std, _ = model.predict(batch)
         losses.append(neg_log_prob(batch["targets"], mean, log_std).mean(-1).flatten())
     model.train(was_training)
     return torch.cat(seen).cpu().numpy(), torch.cat(losses).cpu().numpy()
@@ -717,11 +717,8 @@ def train(c):
     folder = Path(c.resume).resolve() if c.resume else Path(c.runs) / (c.name or f"{c.env}-{c.mode}-seed{c.seed}")
     with claim(folder) if rank == 0 else nullcontext():  # only the first process writes and evaluates
         saved = read_checkpoint(folder, c.device) if c.resume else None
-        new = saved is not None or not (folder / "ckpt.pt").exists()
-        require(new, f"{folder} holds a run: continue it with --resume {folder}, or choose another --name")
+        require(c.resume or not (folder / "ckpt.pt").exists(), f"{folder} holds a run: --resume it or --name another")
         data, train_tasks, held_out = open_dataset(c)
-        same = saved is None or saved["fingerprint"] == data["fingerprint"]
-        require(same, f"{c.data}/{c.env}.npz is not the dataset that {folder} has been trained on")
         torch.manual_seed(c.seed)
         model = new_model(c, data, train_tasks)
         x, x_held = (tensors(data, tasks, c.device) for tasks in (train_tasks, held_out))
@@ -729,6 +726,7 @@ def train(c):
         config = dataclasses.asdict(c) | {"resume": "", "data": str(Path(c.data).resolve())}
         state = {"config": config, "sizes": model.sizes, "fingerprint": data["fingerprint"], "step": 0, "log": []}
         if saved is not None:
+            require(saved["fingerprint"] == data["fingerprint"], f"{folder} has been trained on another dataset")
             model.load_state_dict(saved["model"])
             for optimizer, of_run in zip(optimizers, saved["optimizers"]):
                 optimizer.load_state_dict(of_run)
@@ -744,7 +742,7 @@ def train(c):
 def fit(model, learner, optimizers, x, state, folder, rank, evaluation):
     """The training loop, from state["step"] to config.steps; `evaluation` returns more numbers for the log."""
     c, first, log = model.config, state["step"], state["log"]
-    task_moes = [b.moe.task_moe for b in model.blocks if b.moe is not None and b.moe.task_moe is not None]
+    task_moes = [module for module in model.modules() if isinstance(module, TaskMoE)]
     sums, started, before = defaultdict(float), time.perf_counter(), log[-1]["seconds"] if log else 0
     bar = tqdm(range(first, c.steps), folder.name, c.steps, initial=first, disable=True if rank else None)
     model.train()
@@ -769,9 +767,9 @@ def fit(model, learner, optimizers, x, state, folder, rank, evaluation):
             sums[name] += value.detach()
         done = step + 1
         evaluating = done % c.eval_every == 0 or done == c.steps
-        if not evaluating and done % 50:  # on a GPU each look at the loss waits for the device
+        if not evaluating and done % 50:  # to read a loss is to wait for the GPU
             continue
-        means = {name: float(total) / (step - (log[-1]["step"] if log else 0) + 1) for name, total in sums.items()}
+        means = {name: float(total) / (done - (log[-1]["step"] if log else 0)) for name, total in sums.items()}
         require(math.isfinite(means["loss"]), f"the loss became non-finite before step {done}: try a smaller --lr")
         bar.set_postfix_str(f"loss {means['loss']:.4f}")
         if evaluating:
@@ -802,7 +800,7 @@ def report(folder, model, data, tasks, x):
     else:
         losses = {k: held_out_loss(model, x, context=k, batches=60) for k in contexts}
         seen, labels = losses["own"][0], ("steps of context", "held-out loss, -log P of the actions")
-        part = np.searchsorted(np.quantile(seen, np.linspace(0, 1, 9)[1:-1]), seen)  # eight groups of equal size
+        part = np.searchsorted(np.quantile(seen, np.linspace(0, 1, 9)[1:-1]), seen)  # at most eight groups
         groups = [part == i for i in np.unique(part)]
         result = {k: np.array([[loss[group].mean()] for group in groups]) for k, (_, loss) in losses.items()}
         amount = np.array([seen[group].mean() for group in groups])
@@ -830,15 +828,17 @@ def main():
         for flag, kind in (("--resume", str), ("--device", str), ("--data", str), ("--steps", int)):
             first.add_argument(flag, type=kind)
         given = {name: value for name, value in vars(first.parse_args()).items() if value is not None}
+        require(not given["resume"].endswith(".pt"), "--resume takes the folder of a run, not its checkpoint")
         saved = read_checkpoint(given["resume"])["config"]
         c = Config(**saved | given)
         require(c.steps >= saved["steps"], f"--steps {c.steps} is less than the {saved['steps']} steps of {c.resume}")
         if (c.steps, c.device) != (saved["steps"], saved["device"]):
             print("with more steps or another device, the result is not that of an uninterrupted run")
-    else:  # env and mode decide the defaults of the other flags
-        first.add_argument("--env", default="point_robot"), first.add_argument("--mode", default="dpt")
-        given = first.parse_known_args()[0]
-        c = tyro.cli(Config, default=preset(given.env, given.mode), description=__doc__.split("\n\n")[0])
+    else:  # these three decide the defaults of the other flags
+        for flag, value in (("--env", "point_robot"), ("--mode", "dpt"), ("--device", "auto")):
+            first.add_argument(flag, default=value)
+        given = vars(first.parse_known_args()[0])
+        c = tyro.cli(Config, default=preset(**given), description=__doc__.split("\n\n")[0])
     train(c)
 
 if __name__ == "__main__":

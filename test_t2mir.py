@@ -905,7 +905,7 @@ def test_prefix_mean_equals_a_loop():
     prompt = torch.tensor(h[:, :P])
     near(prefix_mean(prompt), torch.tensor(slow))
     near(prefix_mean(torch.tensor(h), torch.tensor(prefix)), torch.tensor(np.concatenate([slow, queries], axis=1)))
-    near(prefix_mean(prompt[:, 5:], None, prompt[:, :5].sum(1), 5), torch.tensor(slow[:, 5:]))
+    near(prefix_mean(prompt[:, 5:], None, prompt[:, :5].sum(1, keepdim=True), 5), torch.tensor(slow[:, 5:]))
 
 
 def changed(new, old):
@@ -1813,7 +1813,7 @@ def test_a_run_goes_on_with_its_own_data_only(folder, tmp_path, monkeypatch):
     run = short_run("dpt", folder, tmp_path)
     before = (run / "ckpt.pt").read_bytes()
     saved = json.loads((run / "config.json").read_text()) | {"resume": str(run)}
-    for name, message in (("changed", "is not the dataset"), ("empty", "is missing")):
+    for name, message in (("changed", "another dataset"), ("empty", "is missing")):
         with pytest.raises(BadInput, match=message):
             t2mir.train(Config(**saved | {"data": str(tmp_path / name)}))
     assert (run / "ckpt.pt").read_bytes() == before
@@ -2147,6 +2147,7 @@ word | word
 --runs FILE --batch 4 | FILE
 --resume none | none/ckpt.pt
 --resume FOLDER | FOLDER/ckpt.pt
+--resume FOLDER/ckpt.pt | folder of a run
 --resume none --steps 9 --device cpu | none/ckpt.pt
 --resume none --lr 1 | --lr
 --resume none --steps 1.5 | '1.5'
@@ -2220,7 +2221,7 @@ def test_help_has_every_flag_with_its_default(monkeypatch, capsys):
 
 
 def test_flags_make_the_config(monkeypatch):
-    """Typed flags stand on top of the preset of --env and --mode, in whatever order; own data has the defaults of its mode."""
+    """Typed flags stand on top of the preset of --env and --mode, in any order; own data has the defaults of its mode."""
     configs = []
     monkeypatch.setattr(t2mir, "train", configs.append)
     flags = "--seed 3 --lr 1.5e-4 --no-token-moe --moe_layers 0,1 --data x --runs y --name z --device cpu"
@@ -2234,6 +2235,17 @@ def test_flags_make_the_config(monkeypatch):
         assert all(getattr(configs[-1], k) == v for k, v in expected.items() if v != "auto")
     assert (configs[-1].steps, configs[-1].w_imp, configs[-1].context) == (2500, 0.1, 4)
     assert (configs[-2].steps, configs[-2].w_imp, configs[-2].context) == (2500, 0.01, 1)
+
+
+def test_the_type_follows_the_device_that_is_asked_for(monkeypatch):
+    """Where there is a GPU, `--device cpu` trains in float32, as on a machine without one."""
+    configs = []
+    monkeypatch.setattr(t2mir, "train", configs.append)
+    monkeypatch.setattr(t2mir, "pick_device", lambda name: "cuda" if name == "auto" else name)
+    for flags in ("", "--device cpu", "--device cpu --dtype bfloat16", "--dtype float32"):
+        call_main(monkeypatch, *flags.split())
+    asked = [("cuda", "bfloat16"), ("cpu", "float32"), ("cpu", "bfloat16"), ("cuda", "float32")]
+    assert [(c.device, c.dtype) for c in configs] == asked
 
 
 def test_a_loss_that_is_no_number_stops_the_run(folder, tmp_path):

@@ -29,7 +29,7 @@ def arrow(ax, start, end, **style):
     ax.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", lw=1.2, color="0.25", shrinkA=0, shrinkB=0) | style)
 
 
-def mixture(ax, x, name, router, num, chosen, face):
+def mixture(ax, x, name, kind, router, num, chosen, face):
     """One mixture of experts, drawn upwards from y = 1.95 to y = 5.2: router, experts, weighted sum."""
     width = 0.62 * num + 0.4
     box(ax, x, 3.6, width, 3.5, face=face, ec="none")
@@ -42,7 +42,8 @@ def mixture(ax, x, name, router, num, chosen, face):
         arrow(ax, (at, 2.66), (at, 3.26), color="0.1" if on else "0.8", lw=2 if on else 0.8)
         if on:
             arrow(ax, (at, 3.94), (x, 4.5), lw=2, color="0.1")
-    ax.text(x, 4.72, "$\\sum_i w_i E_i(h)$ of 2 experts, $d/2$ wide", ha="center", va="center", fontsize=9)
+    total = f"$\\sum_i w_i E^{{{kind}}}_i(h)$ of 2 experts, $d/2$ wide"
+    ax.text(x, 4.72, total, ha="center", va="center", fontsize=9)
 
 
 def main(out: Path = Path("figures")):
@@ -55,17 +56,19 @@ def main(out: Path = Path("figures")):
     ax.text(2.2, 0.3, "context, queries", ha="right", va="center", fontsize=9)
     box(ax, 5.5, 1.15, 7.2, 0.5, "attention, then layer norm: $h$, one vector of width $d$ for each token")
     arrow(ax, (5.5, 0.6), (5.5, 0.88))
-    mixture(ax, 2.6, "token-wise MoE (1)", "router $G_{tok}(h)$ + noise", 6, (1, 4), TOKEN)
-    mixture(ax, 8.2, "task-wise MoE (3)", "router $G_{task}(\\bar{h})$", 8, (2, 5), TASK)
+    mixture(ax, 2.6, "token-wise MoE (1)", "tok", "router $G_{tok}(h)$ + noise", 6, (1, 4), TOKEN)
+    mixture(ax, 8.2, "task-wise MoE (3)", "task", "router $G_{task}(\\bar{h})$", 8, (2, 5), TASK)
     arrow(ax, (2.6, 1.42), (2.6, 2.04))
     arrow(ax, (8.2, 1.42), (8.2, 2.04))
     ax.text(8.35, 1.62, "$\\bar{h}$: mean of $h$ over\nthe tokens so far", fontsize=8, va="center")
     ax.text(2.75, 1.62, "$h$ of this token", fontsize=8, va="center")
     box(ax, 5.5, 5.95, 4.2, 0.5, "concatenation, $d$ wide, plus the residual (5)")
+    arrow(ax, (5.09, 1.42), (5.09, 5.67))
+    ax.text(5.09, 3.6, "residual", ha="center", va="center", fontsize=8, rotation=90, backgroundcolor="white")
     arrow(ax, (2.6, 5.38), (3.9, 5.67))
     arrow(ax, (8.2, 5.38), (7.1, 5.67))
     of_token, of_task = dict(fontsize=9, va="center", color="#30577f"), dict(fontsize=9, va="center", color="#9a5a12")
-    ax.text(0.2, 6.0, "balance loss (2): no expert\nis left without tokens", **of_token)
+    ax.text(0.2, 6.0, "balance loss (2): all\nexperts are used alike", **of_token)
     ax.text(8.4, 6.0, "InfoNCE (4): two sequences of\none task have similar logits", **of_task)
     ax.set(xlim=(0, 11.1), ylim=(-0.4, 6.35))
     ax.axis("off")
