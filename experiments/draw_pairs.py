@@ -3,8 +3,8 @@
     python experiments/draw_pairs.py experiments/results/pairs.csv [--labels TEXT ...] [--out FILE]
 
 On the left the difference of the scores in fresh tasks, on the right that of the held-out losses, whose axis is turned
-round: in both panels a point on the right of the line speaks for the first agent of the pair. A label such as
-"training tasks: 45" has the name of a group before its colon.
+round: in both panels a point on the right of the line speaks for the first agent of the pair. The axes are linear from
+-0.02 to 0.02 and logarithmic outside. A label such as "training tasks: 45" has the name of a group before its colon.
 """
 
 import csv
@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from collect import BadInput, require, write_atomically  # noqa: E402
 
 COLORS = {"dpt": "C0", "ad": "C1"}
+LINEAR = 0.02  # half of the range in which the axes are linear
 
 
 def main(table: tyro.conf.Positional[Path], labels: tuple[str, ...] = (), out: Path = Path("figures/pairs.png")):
@@ -43,10 +44,16 @@ def main(table: tyro.conf.Positional[Path], labels: tuple[str, ...] = (), out: P
             if i and group != before:
                 ax.axhline(i - 0.5, color="0.85", lw=0.8)
         before = group
-    for ax, what in zip(axes, ("score in fresh tasks, episodes 2 to last", "held-out loss (axis turned round)")):
+    for ax, what in zip(axes, ("score in fresh tasks, episodes 2 to last", "held-out loss, axis turned round")):
         ax.axvline(0, color="k", lw=1)
-        ax.set(title=f"difference of the {what}")
-        ax.title.set_fontsize(9)
+        ax.set_xscale("symlog", linthresh=LINEAR, linscale=1.5)
+        ax.margins(x=0.08)
+        ax.set_title(f"difference: {what}", fontsize=9)
+        ticks = [-1, -0.1, -LINEAR, 0, LINEAR, 0.1, 1]
+        low, high = ax.get_xlim()
+        ax.set_xticks([tick for tick in ticks if low <= tick <= high], minor=False)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.minorticks_off()
         ax.tick_params(labelsize=8)
     names = [f"{row['label']} ({len(row['seeds'].split())} pairs)" for row in rows]
     axes[0].set(yticks=range(len(rows)), yticklabels=names, ylim=(len(rows) - 0.5, -0.5))

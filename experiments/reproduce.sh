@@ -17,7 +17,8 @@ run() { # NAME and the flags of t2mir.py; an interrupted run is continued
     name=$1
     shift
     if [ -f "runs/$name/result.npz" ]; then return; fi
-    if [ -f "runs/$name/ckpt.pt" ]; then python t2mir.py --resume "runs/$name"; else python t2mir.py --name "$name" "$@"; fi
+    if [ -f "runs/$name/ckpt.pt" ]; then set -- --resume "runs/$name"; else set -- --name "$name" "$@"; fi
+    python t2mir.py "$@"
 }
 
 runs() { for s in $2; do echo "runs/$1-seed$s"; done; } # NAME, SEEDS
@@ -37,11 +38,11 @@ pairs() { # LABEL, NAME, SEEDS, FRESH TASKS and flags: trains T2MIR and its dens
     compare "$label" "$agent" "$agent-dense" "$seeds" "$tasks"
 }
 
-against() { # LABEL, VARIANT and flags: T2MIR-DPT minus a variant of itself, after 1,000 steps with 1,000 tasks
-    label=$1 variant=$2
-    shift 2
-    for s in 0 1 2 3 4; do run "point_robot1000-short-$variant-seed$s" --data data1000 --steps 1000 --seed $s "$@"; done
-    compare "$label" point_robot1000-short "point_robot1000-short-$variant" "0 1 2 3 4" 400
+against() { # LABEL, NAME, VARIANT, SEEDS and flags: T2MIR of the pairs NAME minus a variant of it
+    label=$1 agent=$2 variant=$3 seeds=$4
+    shift 4
+    for s in $seeds; do run "$agent-$variant-seed$s" --seed "$s" "$@"; done
+    compare "$label" "$agent" "$agent-$variant" "$seeds" 400
 }
 
 case "$1" in
@@ -62,21 +63,30 @@ width) # 25 minutes
     pairs "DPT, 1,000 tasks: width 16" point_robot1000-d16 "0 1 2 3 4" 400 --data data1000 --d-model 16 ;;
 ad) # 85 minutes for the long pairs, 40 for the short ones
     data point_robot
-    pairs "AD, 200 tasks: 3,000 steps" point_robot-ad-short "0 1 2 3 4" 400 --mode ad --steps 3000
+    pairs "AD, 200 tasks: 3,000 steps" point_robot-ad-short "0 1 2" 400 --mode ad --steps 3000
     pairs "AD, 200 tasks: 12,000 steps" point_robot-ad "0 1 2" 400 --mode ad --eval-episodes 30 ;;
 cheetah) # 120 minutes: 35 with DPT, 85 with AD
     data cheetah_vel
     pairs "HalfCheetah: DPT" cheetah_vel-dpt "0 1 2" 100 --env cheetah_vel
     pairs "HalfCheetah: AD" cheetah_vel-ad "0 1 2" 100 --env cheetah_vel --mode ad ;;
 ablations) # 30 minutes after `steps`
-    against "without: the balance loss" nobalance --w-imp 0 --w-load 0
-    against "without: InfoNCE" noinfonce --w-con 0
-    against "without: the token-wise MoE" notoken --no-token-moe
-    against "without: the task-wise MoE" notask --no-task-moe ;;
-experts) # 25 minutes after `steps`
-    against "experts: half as many" half --token-experts 3 --task-experts 4
-    against "experts: twice as many" twice --token-experts 12 --task-experts 16
-    against "experts: four times as many" four --token-experts 24 --task-experts 32 ;;
+    short="--data data1000 --steps 1000"
+    against "without: the balance loss" point_robot1000-short nobalance "0 1 2 3 4" $short --w-imp 0 --w-load 0
+    against "without: InfoNCE" point_robot1000-short noinfonce "0 1 2 3 4" $short --w-con 0
+    against "without: the token-wise MoE" point_robot1000-short notoken "0 1 2 3 4" $short --no-token-moe
+    against "without: the task-wise MoE" point_robot1000-short notask "0 1 2 3 4" $short --no-task-moe ;;
+experts) # 50 minutes after `steps` and `tasks`
+    short="--data data1000 --steps 1000"
+    for n in "half 3 4" "twice 12 16" "four 24 32"; do
+        set -- $n
+        against "experts, 1,000 tasks: $1" point_robot1000-short "$1" "0 1 2 3 4" \
+            $short --token-experts $2 --task-experts $3
+    done
+    for n in "half 3 4" "four 24 32"; do
+        set -- $n
+        against "experts, 45 tasks: $1" point_robot45 "$1" "0 1 2" \
+            --data data45 --token-experts $2 --task-experts $3
+    done ;;
 quality) # 25 minutes
     data point_robot
     for part in early late mixed; do
@@ -96,11 +106,13 @@ defaults) # 10 minutes after `pairs`, `ad` and `cheetah`
     done
     python experiments/fresh_tasks.py $(runs point_robot-dpt "0 1 2") --tasks 400 --seed 1 --context other
     python experiments/speeds.py $(runs cheetah_vel-dpt "0 1 2") --out figures/cheetah_vel-dpt-speeds.csv
-    for agent in point_robot-dpt cheetah_vel-dpt; do
-        python experiments/watch.py runs/$agent-seed0
-        python experiments/routing.py runs/$agent-seed0
-    done ;;
+    for agent in point_robot-dpt cheetah_vel-dpt; do python experiments/watch.py runs/$agent-seed0; done ;;
 gradients) # 2 minutes after `pairs` and `ad`
     python experiments/gradients.py $(for a in dpt dpt-dense ad ad-dense; do runs point_robot-$a "0 1 2"; done) ;;
+routing) # 11 minutes after `pairs`, `ad` and `cheetah`
+    run cheetah_vel-dpt-all-seed0 --env cheetah_vel --moe-layers all
+    for agent in point_robot-dpt point_robot-ad cheetah_vel-dpt cheetah_vel-dpt-all; do
+        python experiments/routing.py runs/$agent-seed0
+    done ;;
 *) grep '^[a-z]*) #' "$0" ;;
 esac
