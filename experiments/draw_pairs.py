@@ -48,8 +48,9 @@ def main(table: tyro.conf.Positional[Path], labels: tuple[str, ...] = (), out: P
         ax.axvline(0, color="k", lw=1)
         ax.set_xscale("symlog", linthresh=LINEAR, linscale=1.5)
         ax.margins(x=0.08)
-        ax.set_title(f"difference: {what}", fontsize=9)
-        ticks = [-1, -0.1, -LINEAR, 0, LINEAR, 0.1, 1]
+        ax.set_title(what, fontsize=9)
+        ax.set_xlabel("difference; on the right the first agent is better", fontsize=8)
+        ticks = [-1, -0.1, -0.01, 0, 0.01, 0.1, 1]
         low, high = ax.get_xlim()
         ax.set_xticks([tick for tick in ticks if low <= tick <= high], minor=False)
         ax.xaxis.set_major_formatter("{x:g}")
@@ -58,6 +59,9 @@ def main(table: tyro.conf.Positional[Path], labels: tuple[str, ...] = (), out: P
     names = [f"{row['label']} ({len(row['seeds'].split())} pairs)" for row in rows]
     axes[0].set(yticks=range(len(rows)), yticklabels=names, ylim=(len(rows) - 0.5, -0.5))
     axes[1].invert_xaxis()
+    for mode, color in COLORS.items():
+        axes[1].plot([], [], "o-", color=color, ms=4, label=mode.upper())
+    axes[1].legend(fontsize=7)
     write_atomically(out, lambda file: fig.savefig(file, dpi=130, format="png"))
     print(f"picture: {out}")
 

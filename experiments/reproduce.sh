@@ -45,6 +45,7 @@ against() { # LABEL, NAME, VARIANT, SEEDS and flags: T2MIR of the pairs NAME min
     compare "$label" "$agent" "$agent-$variant" "$seeds" 400
 }
 
+short="--data data1000 --steps 1000"
 case "$1" in
 pairs) # 35 minutes
     data point_robot
@@ -54,42 +55,36 @@ tasks) # 70 minutes
     [ -f data45/point_robot.npz ] || python experiments/subset.py data1000/point_robot.npz --out data45 --train-tasks 45
     pairs "DPT, 2,500 steps: 45 tasks" point_robot45 "0 1 2 3 4" 400 --data data45
     pairs "DPT, 2,500 steps: 1,000 tasks" point_robot1000 "0 1 2 3 4" 400 --data data1000 ;;
-steps) # 20 minutes
+steps) # 25 minutes
     data1000
     pairs "DPT, 1,000 tasks: 500 steps" point_robot1000-500 "0 1 2 3 4" 400 --data data1000 --steps 500
     pairs "DPT, 1,000 tasks: 1,000 steps" point_robot1000-short "0 1 2 3 4" 400 --data data1000 --steps 1000 ;;
-width) # 25 minutes
+width) # 19 minutes
     data1000
-    pairs "DPT, 1,000 tasks: width 16" point_robot1000-d16 "0 1 2 3 4" 400 --data data1000 --d-model 16 ;;
-ad) # 85 minutes for the long pairs, 40 for the short ones
+    pairs "DPT, 1,000 tasks: 2,500 steps, width 16" point_robot1000-d16 "0 1 2 3 4" 400 --data data1000 --d-model 16 ;;
+ad) # 98 minutes
     data point_robot
-    pairs "AD, 200 tasks: 3,000 steps" point_robot-ad-short "0 1 2" 400 --mode ad --steps 3000
     pairs "AD, 200 tasks: 12,000 steps" point_robot-ad "0 1 2" 400 --mode ad --eval-episodes 30 ;;
-cheetah) # 120 minutes: 35 with DPT, 85 with AD
+cheetah) # 121 minutes: 40 with DPT, 81 with AD
     data cheetah_vel
     pairs "HalfCheetah: DPT" cheetah_vel-dpt "0 1 2" 100 --env cheetah_vel
     pairs "HalfCheetah: AD" cheetah_vel-ad "0 1 2" 100 --env cheetah_vel --mode ad ;;
-ablations) # 30 minutes after `steps`
-    short="--data data1000 --steps 1000"
-    against "without: the balance loss" point_robot1000-short nobalance "0 1 2 3 4" $short --w-imp 0 --w-load 0
-    against "without: InfoNCE" point_robot1000-short noinfonce "0 1 2 3 4" $short --w-con 0
-    against "without: the token-wise MoE" point_robot1000-short notoken "0 1 2 3 4" $short --no-token-moe
-    against "without: the task-wise MoE" point_robot1000-short notask "0 1 2 3 4" $short --no-task-moe ;;
-experts) # 50 minutes after `steps` and `tasks`
-    short="--data data1000 --steps 1000"
-    for n in "half 3 4" "twice 12 16" "four 24 32"; do
+ablations) # 34 minutes after `steps`
+    against "against T2MIR without: the balance loss" point_robot1000-short nobalance "0 1 2 3 4" $short --w-imp 0 --w-load 0
+    against "against T2MIR without: InfoNCE" point_robot1000-short noinfonce "0 1 2 3 4" $short --w-con 0
+    against "against T2MIR without: the token-wise MoE" point_robot1000-short notoken "0 1 2 3 4" $short --no-token-moe
+    against "against T2MIR without: the task-wise MoE" point_robot1000-short notask "0 1 2 3 4" $short --no-task-moe ;;
+experts) # @@E@@ minutes after `steps` and `tasks`
+    other="against T2MIR with other experts"
+    for n in "3 4" "24 32"; do
         set -- $n
-        against "experts, 1,000 tasks: $1" point_robot1000-short "$1" "0 1 2 3 4" \
-            $short --token-experts $2 --task-experts $3
-    done
-    for n in "half 3 4" "four 24 32"; do
-        set -- $n
-        against "experts, 45 tasks: $1" point_robot45 "$1" "0 1 2" \
-            --data data45 --token-experts $2 --task-experts $3
+        experts="--token-experts $1 --task-experts $2"
+        against "$other, 1,000 tasks: $1 and $2" point_robot1000-short "experts$1" "0 1 2 3 4" $short $experts
+        against "$other, 45 tasks: $1 and $2" point_robot45 "experts$1" "0 1 2" --data data45 $experts
     done ;;
 quality) # 25 minutes
     data point_robot
-    for part in early late mixed; do
+    for part in early late; do
         [ -d "data_$part" ] || python experiments/subset.py data/point_robot.npz --out "data_$part" --episodes $part
         pairs "DPT, 1,000 steps: $part half" "point_robot-$part" "0 1 2" 400 --data "data_$part" --steps 1000
     done ;;
