@@ -74,7 +74,7 @@ ablations) # 34 minutes after `steps`
     against "against T2MIR without: InfoNCE" point_robot1000-short noinfonce "0 1 2 3 4" $short --w-con 0
     against "against T2MIR without: the token-wise MoE" point_robot1000-short notoken "0 1 2 3 4" $short --no-token-moe
     against "against T2MIR without: the task-wise MoE" point_robot1000-short notask "0 1 2 3 4" $short --no-task-moe ;;
-experts) # @@E@@ minutes after `steps` and `tasks`
+experts) # 43 minutes after `steps` and `tasks`
     other="against T2MIR with other experts"
     for n in "3 4" "24 32"; do
         set -- $n
@@ -82,7 +82,7 @@ experts) # @@E@@ minutes after `steps` and `tasks`
         against "$other, 1,000 tasks: $1 and $2" point_robot1000-short "experts$1" "0 1 2 3 4" $short $experts
         against "$other, 45 tasks: $1 and $2" point_robot45 "experts$1" "0 1 2" --data data45 $experts
     done ;;
-quality) # 25 minutes
+quality) # 15 minutes
     data point_robot
     for part in early late; do
         [ -d "data_$part" ] || python experiments/subset.py data/point_robot.npz --out "data_$part" --episodes $part
