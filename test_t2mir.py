@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import t2mir
 from collect import PRESETS, BadInput, BatchedSAC, Collection, Settings, claim, collect, load, write_atomically
 from envs import ENVS, TaskVec, make_vec, sample_tasks
-from experiments import compare, figures, fresh_tasks, routing, watch
+from experiments import compare, draw_pairs, figures, fresh_tasks, routing, subset, watch
 from experiments.bench_collect import flops_of_update
 from t2mir import BACKBONES, T2MIR, Config, TaskMoE, TokenMoE, evaluate, prefix_mean
 
@@ -2090,10 +2090,32 @@ def test_pairs_of_runs(folder, tmp_path, capsys):
     heldout = [[t2mir.held_out_loss(t2mir.load_agent(run), t2mir.tensors(data, np.arange(7) == task, "cpu"))[1].mean()
                 for run in runs for task in np.flatnonzero(data["test"])] for runs in (one, two)]
     assert float(row["heldout_difference"]) == pytest.approx(np.mean(heldout[0]) - np.mean(heldout[1]), rel=1e-3)
+    draw_pairs.main(tmp_path / "pairs.csv", out=tmp_path / "pairs.png")
+    assert (tmp_path / "pairs.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(BadInput, match="no row"):
+        draw_pairs.main(tmp_path / "pairs.csv", ("nothing",))
     with pytest.raises(BadInput, match="seeds must be the same"):
         compare.main(tuple(one), tuple(two[:1]), tasks=5)
     with pytest.raises(BadInput, match="have seed 0"):
         compare.main((one[0], two[0]), tuple(two), tasks=5)
+
+
+@pytest.mark.parametrize("part", ["all", "early", "late", "mixed"])
+def test_a_part_of_a_dataset(part, folder, tmp_path, capsys):
+    """It has the first training tasks, all test tasks and the episodes that were asked for, and it can be loaded."""
+    subset.main(Path(f"{folder}/point_robot.npz"), tmp_path, train_tasks=3, episodes=part)
+    data, small = load(f"{folder}/point_robot.npz"), load(tmp_path / "point_robot.npz")
+    E = data["rewards"].shape[1]
+    wanted = {"all": range(E), "early": range(E // 2), "late": range(E // 2, E)}
+    episodes = list(wanted.get(part, [e for e in range(E) if e % 8 < 4]))
+    tasks = [*[n for n in range(len(data["test"])) if not data["test"][n]][:3], *np.flatnonzero(data["test"])]
+    for key in ("states", "actions", "rewards", "expert_actions", "learner_actions"):
+        np.testing.assert_array_equal(small[key], [[data[key][n, e] for e in episodes] for n in sorted(tasks)])
+    np.testing.assert_array_equal(small["guest"], data["guest"][episodes])
+    for key in ("test", "tasks", "random_return", "expert_return"):
+        np.testing.assert_array_equal(small[key], data[key][sorted(tasks)])
+    with pytest.raises(BadInput, match="exists"):
+        subset.main(Path(f"{folder}/point_robot.npz"), tmp_path)
 
 
 def test_the_interval_of_a_difference():
@@ -2221,7 +2243,7 @@ def test_help_has_every_flag_with_its_default(monkeypatch, capsys):
 
 
 def test_flags_make_the_config(monkeypatch):
-    """Typed flags stand on top of the preset of --env and --mode, in any order; own data has the defaults of its mode."""
+    """Typed flags stand on top of the preset of --env and --mode, in any order; own data has its mode's defaults."""
     configs = []
     monkeypatch.setattr(t2mir, "train", configs.append)
     flags = "--seed 3 --lr 1.5e-4 --no-token-moe --moe_layers 0,1 --data x --runs y --name z --device cpu"
