@@ -50,9 +50,10 @@ case "$1" in
 pairs) # 35 minutes
     data point_robot
     pairs "DPT, 2,500 steps: 200 tasks" point_robot-dpt "0 1 2 3 4" 400 ;;
-tasks) # 70 minutes
+tasks) # 84 minutes
     data1000
     [ -f data45/point_robot.npz ] || python experiments/subset.py data1000/point_robot.npz --out data45 --train-tasks 45
+    pairs "DPT, 45 tasks: 1,000 steps" point_robot45-1000 "0 1 2 3 4" 400 --data data45 --steps 1000
     pairs "DPT, 2,500 steps: 45 tasks" point_robot45 "0 1 2 3 4" 400 --data data45
     pairs "DPT, 2,500 steps: 1,000 tasks" point_robot1000 "0 1 2 3 4" 400 --data data1000 ;;
 steps) # 25 minutes
