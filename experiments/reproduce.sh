@@ -89,11 +89,13 @@ quality) # 15 minutes
         [ -d "data_$part" ] || python experiments/subset.py data/point_robot.npz --out "data_$part" --episodes $part
         pairs "DPT, 1,000 steps: $part half" "point_robot-$part" "0 1 2" 400 --data "data_$part" --steps 1000
     done ;;
-defaults) # 10 minutes after `pairs`, `ad` and `cheetah`
+defaults) # 70 minutes after `pairs`, `ad` and `cheetah`, 60 of them for Walker2d
+    data walker_param
+    run walker_param-dpt-seed0 --env walker_param
     python experiments/figures.py $(for a in point_robot-dpt point_robot-ad cheetah_vel-dpt cheetah_vel-ad; do
         runs $a "0 1 2"
         runs $a-dense "0 1 2"
-    done) --out figures
+    done) runs/walker_param-dpt-seed0 --out figures
     for agent in point_robot-dpt point_robot-ad; do
         python experiments/fresh_tasks.py $(runs $agent "0 1 2") --tasks 400 --seed 1 --csv figures/fresh_tasks.csv
     done
@@ -102,7 +104,7 @@ defaults) # 10 minutes after `pairs`, `ad` and `cheetah`
     done
     python experiments/fresh_tasks.py $(runs point_robot-dpt "0 1 2") --tasks 400 --seed 1 --context other
     python experiments/speeds.py $(runs cheetah_vel-dpt "0 1 2") --out figures/cheetah_vel-dpt-speeds.csv
-    for agent in point_robot-dpt cheetah_vel-dpt; do python experiments/watch.py runs/$agent-seed0; done ;;
+    for agent in point_robot-dpt cheetah_vel-dpt walker_param-dpt; do python experiments/watch.py runs/$agent-seed0; done ;;
 gradients) # 2 minutes after `pairs` and `ad`
     python experiments/gradients.py $(for a in dpt dpt-dense ad ad-dense; do runs point_robot-$a "0 1 2"; done) ;;
 routing) # 11 minutes after `pairs`, `ad` and `cheetah`
