@@ -2093,7 +2093,7 @@ def test_pairs_of_runs(folder, tmp_path, capsys):
     draw_pairs.main(tmp_path / "pairs.csv", out=tmp_path / "pairs.png")
     assert (tmp_path / "pairs.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(BadInput, match="no row"):
-        draw_pairs.main(tmp_path / "pairs.csv", ("nothing",))
+        draw_pairs.main(one[0] / "log.csv")
     with pytest.raises(BadInput, match="seeds must be the same"):
         compare.main(tuple(one), tuple(two[:1]), tasks=5)
     with pytest.raises(BadInput, match="have seed 0"):

@@ -1,6 +1,6 @@
 """Draws the differences between pairs of agents that `compare.py --csv FILE` has written, with their 95% intervals.
 
-    python experiments/draw_pairs.py experiments/results/pairs.csv [--labels TEXT ...] [--out FILE]
+    python experiments/draw_pairs.py experiments/results/pairs.csv [--out FILE]
 
 On the left the difference of the scores in fresh tasks, on the right that of the held-out losses, whose axis is turned
 round: in both panels a point on the right of the line speaks for the first agent of the pair. The axes are linear from
@@ -21,18 +21,10 @@ COLORS = {"dpt": "C0", "ad": "C1"}
 LINEAR = 0.02  # half of the range in which the axes are linear
 
 
-def main(table: tyro.conf.Positional[Path], labels: tuple[str, ...] = (), out: Path = Path("figures/pairs.png")):
-    """Draws.
-
-    Args:
-        table: the file that compare.py has written
-        labels: draw the rows whose label begins with one of these texts, in this order; all rows by default
-        out: the picture
-    """
+def main(table: tyro.conf.Positional[Path], out: Path = Path("figures/pairs.png")):
     with open(table, newline="") as file:
         rows = list(csv.DictReader(file))
-    rows = [row for text in labels or ("",) for row in rows if row["label"].startswith(text)]
-    require(rows, f"{table} has no row with such a label")
+    require(rows and "score_difference" in rows[0], f"{table} has no row of compare.py")
     fig = Figure(figsize=(9, 1.4 + 0.28 * len(rows)), layout="tight")
     axes, before = fig.subplots(1, 2, sharey=True), ""
     for i, row in enumerate(rows):
@@ -52,7 +44,7 @@ def main(table: tyro.conf.Positional[Path], labels: tuple[str, ...] = (), out: P
         ax.set_xlabel("difference; on the right the first agent is better", fontsize=8)
         ticks = [-1, -0.1, -0.01, 0, 0.01, 0.1, 1]
         low, high = ax.get_xlim()
-        ax.set_xticks([tick for tick in ticks if low <= tick <= high], minor=False)
+        ax.set_xticks([tick for tick in ticks if low <= tick <= high])
         ax.xaxis.set_major_formatter("{x:g}")
         ax.minorticks_off()
         ax.tick_params(labelsize=8)
