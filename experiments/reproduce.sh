@@ -83,9 +83,9 @@ experts) # 43 minutes after `steps` and `tasks`
         against "$other, 1,000 tasks: $1 and $2" point_robot1000-short "experts$1" "0 1 2 3 4" $short $experts
         against "$other, 45 tasks: $1 and $2" point_robot45 "experts$1" "0 1 2" --data data45 $experts
     done ;;
-quality) # 15 minutes
+quality) # 24 minutes
     data point_robot
-    for part in early late; do
+    for part in early late mixed; do
         [ -d "data_$part" ] || python experiments/subset.py data/point_robot.npz --out "data_$part" --episodes $part
         pairs "DPT, 1,000 steps: $part half" "point_robot-$part" "0 1 2" 400 --data "data_$part" --steps 1000
     done ;;
