@@ -2090,8 +2090,8 @@ def test_pairs_of_runs(folder, tmp_path, capsys):
     heldout = [[t2mir.held_out_loss(t2mir.load_agent(run), t2mir.tensors(data, np.arange(7) == task, "cpu"))[1].mean()
                 for run in runs for task in np.flatnonzero(data["test"])] for runs in (one, two)]
     assert float(row["heldout_difference"]) == pytest.approx(np.mean(heldout[0]) - np.mean(heldout[1]), rel=1e-3)
-    draw_pairs.main(tmp_path / "pairs.csv", out=tmp_path / "pairs.png")
-    assert (tmp_path / "pairs.png").read_bytes()[:4] == b"\x89PNG"
+    draw_pairs.main(tmp_path / "pairs.csv", out=tmp_path)
+    assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in ("pairs.png", "growth.png"))
     with pytest.raises(BadInput, match="no row"):
         draw_pairs.main(one[0] / "log.csv")
     with pytest.raises(BadInput, match="seeds must be the same"):

@@ -1,14 +1,20 @@
 """Draws the differences between pairs of agents that `compare.py --csv FILE` has written, with their 95% intervals.
 
-    python experiments/draw_pairs.py experiments/results/pairs.csv [--out FILE]
+    python experiments/draw_pairs.py experiments/results/pairs.csv [--out FOLDER]
 
-On the left the difference of the scores in fresh tasks, on the right that of the held-out losses, whose axis is turned
+`pairs.png` has all of them. On the left the difference of the scores in fresh tasks, on the right that of the held-out losses, whose axis is turned
 round: in both panels a point on the right of the line speaks for the first agent of the pair. The axes are linear from
--0.02 to 0.02 and logarithmic outside. A label such as "training tasks: 45" has the name of a group before its colon.
+-0.02 to 0.02 and logarithmic outside. A label such as "DPT, 2,500 steps: 45 tasks" has the name of a group before its colon.
+
+`growth.png` has those whose labels end with a number of tasks or of steps: on the left the difference of the scores
+against the number of training tasks, with a curve for each backbone and number of steps, on the right against the
+number of steps, with a curve for each backbone and number of tasks.
 """
 
 import csv
+import re
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import tyro
@@ -21,10 +27,8 @@ COLORS = {"dpt": "C0", "ad": "C1"}
 LINEAR = 0.02  # half of the range in which the axes are linear
 
 
-def main(table: tyro.conf.Positional[Path], out: Path = Path("figures/pairs.png")):
-    with open(table, newline="") as file:
-        rows = list(csv.DictReader(file))
-    require(rows and "score_difference" in rows[0], f"{table} has no row of compare.py")
+def draw_all(rows):
+    """A figure with a line for each of the `rows`."""
     fig = Figure(figsize=(9, 1.4 + 0.28 * len(rows)), layout="tight")
     axes, before = fig.subplots(1, 2, sharey=True), ""
     for i, row in enumerate(rows):
@@ -54,8 +58,45 @@ def main(table: tyro.conf.Positional[Path], out: Path = Path("figures/pairs.png"
     for mode, color in COLORS.items():
         axes[1].plot([], [], "o-", color=color, ms=4, label=mode.upper())
     axes[1].legend(fontsize=7)
-    write_atomically(out, lambda file: fig.savefig(file, dpi=130, format="png"))
-    print(f"picture: {out}")
+    return fig
+
+
+def draw_growth(rows):
+    """A figure of the difference against the number of training tasks, and against the number of steps."""
+    rows = [row for row in rows if re.search(r"[0-9] (tasks|steps)$", row["label"])]
+    fig = Figure(figsize=(9, 3.4), layout="tight")
+    for ax, x, other in zip(fig.subplots(1, 2, sharey=True), ("training_tasks", "steps"), ("steps", "training_tasks")):
+        curves = defaultdict(dict)  # (mode, the other number) -> {x: row}
+        for row in rows:
+            curves[row["mode"], int(row[other])][int(row[x])] = row
+        curves = sorted((key, sorted(curve.items())) for key, curve in curves.items() if len(curve) > 1)
+        for i, ((mode, number), curve) in enumerate(curves):
+            middle, low, high = ([float(row[f"score_{k}"]) for _, row in curve] for k in ("difference", "low", "high"))
+            at = [n * 1.04 ** (i - len(curves) / 2) for n, _ in curve]  # side by side, so that bars do not overlap
+            bars = [[m - l for m, l in zip(middle, low)], [h - m for m, h in zip(middle, high)]]
+            name = f"{mode.upper()}, {number:,} {'steps' if other == 'steps' else 'tasks'}"
+            style = dict(color=COLORS[mode], ls=("-", "--", ":")[i % 3], marker="os^D"[i % 4], ms=4, lw=1.2)
+            ax.errorbar(at, middle, bars, capsize=2, label=name, **style)
+        ticks = sorted({n for _, curve in curves for n, _ in curve})
+        ax.set_xscale("log")
+        ax.set_xticks(ticks, [f"{n:,}" for n in ticks], fontsize=8)
+        ax.minorticks_off()
+        ax.axhline(0, color="k", lw=1)
+        ax.set_xlabel("training tasks" if x == "training_tasks" else "training steps", fontsize=8)
+        ax.tick_params(labelsize=8)
+        ax.legend(fontsize=7)
+    fig.axes[0].set_ylabel("score in fresh tasks:\nT2MIR minus the dense agent", fontsize=8)
+    return fig
+
+
+def main(table: tyro.conf.Positional[Path], out: Path = Path("figures")):
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    require(rows and "score_difference" in rows[0], f"{table} has no row of compare.py")
+    for name, draw in (("pairs", draw_all), ("growth", draw_growth)):
+        figure = draw(rows)
+        write_atomically(out / f"{name}.png", lambda file: figure.savefig(file, dpi=130, format="png"))
+        print(f"picture: {out / name}.png")
 
 
 if __name__ == "__main__":

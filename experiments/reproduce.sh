@@ -45,36 +45,63 @@ against() { # LABEL, NAME, VARIANT, SEEDS and flags: T2MIR of the pairs NAME min
     compare "$label" "$agent" "$agent-$variant" "$seeds" 400
 }
 
+data45() {
+    data1000
+    [ -f data45/point_robot.npz ] || python experiments/subset.py data1000/point_robot.npz --out data45 --train-tasks 45
+}
+
+data_half() { # early, late or mixed half of the episodes
+    data point_robot
+    [ -d "data_$1" ] || python experiments/subset.py data/point_robot.npz --out "data_$1" --episodes "$1"
+}
+
+ablations() { # BACKBONE, NAME, VARIANTS' SEEDS and flags: the pairs NAME against T2MIR without one of its parts
+    backbone=$1 agent=$2 seeds=$3
+    shift 3
+    against "against T2MIR-$backbone without: the balance loss" "$agent" nobalance "$seeds" "$@" --w-imp 0 --w-load 0
+    against "against T2MIR-$backbone without: InfoNCE" "$agent" noinfonce "$seeds" "$@" --w-con 0
+    against "against T2MIR-$backbone without: the token-wise MoE" "$agent" notoken "$seeds" "$@" --no-token-moe
+    against "against T2MIR-$backbone without: the task-wise MoE" "$agent" notask "$seeds" "$@" --no-task-moe
+}
+
 short="--data data1000 --steps 1000"
+ad="--mode ad --steps 3000 --lr 8e-3"
 case "$1" in
 pairs) # 35 minutes
     data point_robot
     pairs "DPT, 2,500 steps: 200 tasks" point_robot-dpt "0 1 2 3 4" 400 ;;
 tasks) # 84 minutes
-    data1000
-    [ -f data45/point_robot.npz ] || python experiments/subset.py data1000/point_robot.npz --out data45 --train-tasks 45
+    data45
     pairs "DPT, 45 tasks: 1,000 steps" point_robot45-1000 "0 1 2 3 4" 400 --data data45 --steps 1000
     pairs "DPT, 2,500 steps: 45 tasks" point_robot45 "0 1 2 3 4" 400 --data data45
     pairs "DPT, 2,500 steps: 1,000 tasks" point_robot1000 "0 1 2 3 4" 400 --data data1000 ;;
-steps) # 25 minutes
+steps) # 105 minutes
     data1000
     pairs "DPT, 1,000 tasks: 500 steps" point_robot1000-500 "0 1 2 3 4" 400 --data data1000 --steps 500
-    pairs "DPT, 1,000 tasks: 1,000 steps" point_robot1000-short "0 1 2 3 4" 400 --data data1000 --steps 1000 ;;
+    pairs "DPT, 1,000 tasks: 1,000 steps" point_robot1000-short "0 1 2 3 4" 400 --data data1000 --steps 1000
+    flags="--data data1000 --steps 10000 --eval-every 2500"
+    pairs "DPT, 1,000 tasks: 10,000 steps" point_robot1000-10000 "0 1 2" 400 $flags ;;
 width) # 19 minutes
     data1000
     pairs "DPT, 1,000 tasks: 2,500 steps, width 16" point_robot1000-d16 "0 1 2 3 4" 400 --data data1000 --d-model 16 ;;
 ad) # 98 minutes
     data point_robot
     pairs "AD, 200 tasks: 12,000 steps" point_robot-ad "0 1 2" 400 --mode ad --eval-episodes 30 ;;
+ad-short) # 38 minutes
+    data point_robot
+    pairs "AD, 200 tasks: 3,000 steps" point_robot-ad-3000 "0 1 2 3 4" 400 $ad ;;
+ad-tasks) # 52 minutes
+    data45
+    pairs "AD, 3,000 steps: 45 tasks" point_robot45-ad "0 1 2" 400 --data data45 $ad
+    pairs "AD, 3,000 steps: 1,000 tasks" point_robot1000-ad "0 1 2" 400 --data data1000 $ad ;;
 cheetah) # 121 minutes: 40 with DPT, 81 with AD
     data cheetah_vel
     pairs "HalfCheetah: DPT" cheetah_vel-dpt "0 1 2" 100 --env cheetah_vel
     pairs "HalfCheetah: AD" cheetah_vel-ad "0 1 2" 100 --env cheetah_vel --mode ad ;;
 ablations) # 34 minutes after `steps`
-    against "against T2MIR without: the balance loss" point_robot1000-short nobalance "0 1 2 3 4" $short --w-imp 0 --w-load 0
-    against "against T2MIR without: InfoNCE" point_robot1000-short noinfonce "0 1 2 3 4" $short --w-con 0
-    against "against T2MIR without: the token-wise MoE" point_robot1000-short notoken "0 1 2 3 4" $short --no-token-moe
-    against "against T2MIR without: the task-wise MoE" point_robot1000-short notask "0 1 2 3 4" $short --no-task-moe ;;
+    ablations DPT point_robot1000-short "0 1 2 3 4" $short ;;
+ad-ablations) # 50 minutes after `ad-short`
+    ablations AD point_robot-ad-3000 "0 1 2" $ad ;;
 experts) # 43 minutes after `steps` and `tasks`
     other="against T2MIR with other experts"
     for n in "3 4" "24 32"; do
@@ -83,12 +110,15 @@ experts) # 43 minutes after `steps` and `tasks`
         against "$other, 1,000 tasks: $1 and $2" point_robot1000-short "experts$1" "0 1 2 3 4" $short $experts
         against "$other, 45 tasks: $1 and $2" point_robot45 "experts$1" "0 1 2" --data data45 $experts
     done ;;
-quality) # 24 minutes
-    data point_robot
-    for part in early late mixed; do
-        [ -d "data_$part" ] || python experiments/subset.py data/point_robot.npz --out "data_$part" --episodes $part
-        pairs "DPT, 1,000 steps: $part half" "point_robot-$part" "0 1 2" 400 --data "data_$part" --steps 1000
-    done ;;
+quality) # 57 minutes
+    for half in early late mixed; do
+        data_half $half
+        pairs "DPT, 1,000 steps: $half half" "point_robot-$half" "0 1 2" 400 --data "data_$half" --steps 1000
+    done
+    pairs "DPT, 2,500 steps: early half" point_robot-early-2500 "0 1 2 3 4" 400 --data data_early ;;
+ad-quality) # 24 minutes
+    data_half early
+    pairs "AD, 3,000 steps: early half" point_robot-early-ad "0 1 2" 400 --data data_early $ad ;;
 defaults) # 70 minutes after `pairs`, `ad` and `cheetah`, 60 of them for Walker2d
     data walker_param
     run walker_param-dpt-seed0 --env walker_param
