@@ -4,8 +4,8 @@
 #     sh experiments/reproduce.sh defaults
 #
 # The times are minutes of one core of an AMD EPYC; two names at once use two cores. The data comes first: Point-Robot's
-# takes 2 minutes, HalfCheetah's 16, Point-Robot's with 1,000 tasks 12 on two cores. Tables are printed and written to
-# figures/, where rows are added to CSV files. Runs that have ended are not repeated.
+# takes 2 minutes, HalfCheetah's 16, Walker2d's 54, Point-Robot's with 1,000 tasks 12 on two cores. Tables are printed
+# and written to figures/, where rows are added to CSV files. Runs that have ended are not repeated.
 set -e
 cd "$(dirname "$0")/.."
 
@@ -75,7 +75,7 @@ tasks) # 84 minutes
     pairs "DPT, 45 tasks: 1,000 steps" point_robot45-1000 "0 1 2 3 4" 400 --data data45 --steps 1000
     pairs "DPT, 2,500 steps: 45 tasks" point_robot45 "0 1 2 3 4" 400 --data data45
     pairs "DPT, 2,500 steps: 1,000 tasks" point_robot1000 "0 1 2 3 4" 400 --data data1000 ;;
-steps) # 105 minutes
+steps) # 99 minutes
     data1000
     pairs "DPT, 1,000 tasks: 500 steps" point_robot1000-500 "0 1 2 3 4" 400 --data data1000 --steps 500
     pairs "DPT, 1,000 tasks: 1,000 steps" point_robot1000-short "0 1 2 3 4" 400 --data data1000 --steps 1000
@@ -90,7 +90,7 @@ ad) # 98 minutes
 ad-short) # 38 minutes
     data point_robot
     pairs "AD, 200 tasks: 3,000 steps" point_robot-ad-3000 "0 1 2 3 4" 400 $ad ;;
-ad-tasks) # 52 minutes
+ad-tasks) # 43 minutes
     data45
     pairs "AD, 3,000 steps: 45 tasks" point_robot45-ad "0 1 2" 400 --data data45 $ad
     pairs "AD, 3,000 steps: 1,000 tasks" point_robot1000-ad "0 1 2" 400 --data data1000 $ad ;;
@@ -98,9 +98,12 @@ cheetah) # 121 minutes: 40 with DPT, 81 with AD
     data cheetah_vel
     pairs "HalfCheetah: DPT" cheetah_vel-dpt "0 1 2" 100 --env cheetah_vel
     pairs "HalfCheetah: AD" cheetah_vel-ad "0 1 2" 100 --env cheetah_vel --mode ad ;;
+walker) # 36 minutes
+    data walker_param
+    pairs "Walker2d: DPT" walker_param-dpt "0 1 2" 100 --env walker_param ;;
 ablations) # 34 minutes after `steps`
     ablations DPT point_robot1000-short "0 1 2 3 4" $short ;;
-ad-ablations) # 50 minutes after `ad-short`
+ad-ablations) # 51 minutes after `ad-short`
     ablations AD point_robot-ad-3000 "0 1 2" $ad ;;
 experts) # 43 minutes after `steps` and `tasks`
     other="against T2MIR with other experts"
@@ -110,22 +113,18 @@ experts) # 43 minutes after `steps` and `tasks`
         against "$other, 1,000 tasks: $1 and $2" point_robot1000-short "experts$1" "0 1 2 3 4" $short $experts
         against "$other, 45 tasks: $1 and $2" point_robot45 "experts$1" "0 1 2" --data data45 $experts
     done ;;
-quality) # 57 minutes
+quality) # 43 minutes
     for half in early late mixed; do
         data_half $half
         pairs "DPT, 1,000 steps: $half half" "point_robot-$half" "0 1 2" 400 --data "data_$half" --steps 1000
     done
-    pairs "DPT, 2,500 steps: early half" point_robot-early-2500 "0 1 2 3 4" 400 --data data_early ;;
-ad-quality) # 24 minutes
+    pairs "DPT, 2,500 steps: early half" point_robot-early-2500 "0 1 2" 400 --data data_early ;;
+ad-quality) # 22 minutes
     data_half early
     pairs "AD, 3,000 steps: early half" point_robot-early-ad "0 1 2" 400 --data data_early $ad ;;
-defaults) # 70 minutes after `pairs`, `ad` and `cheetah`, 60 of them for Walker2d
-    data walker_param
-    run walker_param-dpt-seed0 --env walker_param
-    python experiments/figures.py $(for a in point_robot-dpt point_robot-ad cheetah_vel-dpt cheetah_vel-ad; do
-        runs $a "0 1 2"
-        runs $a-dense "0 1 2"
-    done) runs/walker_param-dpt-seed0 --out figures
+defaults) # 10 minutes after `pairs`, `ad`, `cheetah` and `walker`
+    agents="point_robot-dpt point_robot-ad cheetah_vel-dpt cheetah_vel-ad walker_param-dpt"
+    python experiments/figures.py $(for a in $agents; do runs $a "0 1 2" && runs $a-dense "0 1 2"; done) --out figures
     for agent in point_robot-dpt point_robot-ad; do
         python experiments/fresh_tasks.py $(runs $agent "0 1 2") --tasks 400 --seed 1 --csv figures/fresh_tasks.csv
     done
