@@ -84,7 +84,8 @@ def draw_growth(rows):
         ax.axhline(0, color="k", lw=1)
         ax.set_xlabel("training tasks" if x == "training_tasks" else "training steps", fontsize=8)
         ax.tick_params(labelsize=8)
-        ax.legend(fontsize=7)
+        if curves:
+            ax.legend(fontsize=7)
     fig.axes[0].set_ylabel("score in fresh tasks:\nT2MIR minus the dense agent", fontsize=8)
     return fig
 
