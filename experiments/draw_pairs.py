@@ -2,9 +2,10 @@
 
     python experiments/draw_pairs.py experiments/results/pairs.csv [--out FOLDER]
 
-`pairs.png` has all of them. On the left the difference of the scores in fresh tasks, on the right that of the held-out losses, whose axis is turned
-round: in both panels a point on the right of the line speaks for the first agent of the pair. The axes are linear from
--0.02 to 0.02 and logarithmic outside. A label such as "DPT, 2,500 steps: 45 tasks" has the name of a group before its colon.
+`pairs.png` has all of them. On the left the difference of the scores in fresh tasks, on the right that of the held-out
+losses, whose axis is turned round: in both panels a point on the right of the line speaks for the first agent of the
+pair. The axes are linear from -0.02 to 0.02 and logarithmic outside. A label such as "DPT, 2,500 steps: 45 tasks" has
+the name of a group before its colon.
 
 `growth.png` has those whose labels end with a number of tasks or of steps: on the left the difference of the scores
 against the number of training tasks, with a curve for each backbone and number of steps, on the right against the
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from collect import BadInput, require, write_atomically  # noqa: E402
 
 COLORS = {"dpt": "C0", "ad": "C1"}
+UNITS = {"training_tasks": "tasks", "steps": "steps"}  # column -> what it counts
 LINEAR = 0.02  # half of the range in which the axes are linear
 
 
@@ -65,7 +67,7 @@ def draw_growth(rows):
     """A figure of the difference against the number of training tasks, and against the number of steps."""
     rows = [row for row in rows if re.search(r"[0-9] (tasks|steps)$", row["label"])]
     fig = Figure(figsize=(9, 3.4), layout="tight")
-    for ax, x, other in zip(fig.subplots(1, 2, sharey=True), ("training_tasks", "steps"), ("steps", "training_tasks")):
+    for ax, x, other in zip(fig.subplots(1, 2, sharey=True), UNITS, reversed(UNITS)):
         curves = defaultdict(dict)  # (mode, the other number) -> {x: row}
         for row in rows:
             curves[row["mode"], int(row[other])][int(row[x])] = row
@@ -74,7 +76,7 @@ def draw_growth(rows):
             middle, low, high = ([float(row[f"score_{k}"]) for _, row in curve] for k in ("difference", "low", "high"))
             at = [n * 1.04 ** (i - len(curves) / 2) for n, _ in curve]  # side by side, so that bars do not overlap
             bars = [[m - l for m, l in zip(middle, low)], [h - m for m, h in zip(middle, high)]]
-            name = f"{mode.upper()}, {number:,} {'steps' if other == 'steps' else 'tasks'}"
+            name = f"{mode.upper()}, {number:,} {UNITS[other]}"
             style = dict(color=COLORS[mode], ls=("-", "--", ":")[i % 3], marker="os^D"[i % 4], ms=4, lw=1.2)
             ax.errorbar(at, middle, bars, capsize=2, label=name, **style)
         ticks = sorted({n for _, curve in curves for n, _ in curve})
@@ -82,7 +84,7 @@ def draw_growth(rows):
         ax.set_xticks(ticks, [f"{n:,}" for n in ticks], rotation=45)
         ax.minorticks_off()
         ax.axhline(0, color="k", lw=1)
-        ax.set_xlabel("training tasks" if x == "training_tasks" else "training steps", fontsize=8)
+        ax.set_xlabel(f"training {UNITS[x]}", fontsize=8)
         ax.tick_params(labelsize=8)
         if curves:
             ax.legend(fontsize=7)

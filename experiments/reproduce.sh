@@ -133,7 +133,7 @@ defaults) # 10 minutes after `pairs`, `ad`, `cheetah` and `walker`
     done
     python experiments/fresh_tasks.py $(runs point_robot-dpt "0 1 2") --tasks 400 --seed 1 --context other
     python experiments/speeds.py $(runs cheetah_vel-dpt "0 1 2") --out figures/cheetah_vel-dpt-speeds.csv
-    for agent in point_robot-dpt cheetah_vel-dpt walker_param-dpt; do python experiments/watch.py runs/$agent-seed0; done ;;
+    for env in point_robot cheetah_vel walker_param; do python experiments/watch.py "runs/$env-dpt-seed0"; done ;;
 gradients) # 2 minutes after `pairs` and `ad`
     python experiments/gradients.py $(for a in dpt dpt-dense ad ad-dense; do runs point_robot-$a "0 1 2"; done) ;;
 routing) # 11 minutes after `pairs`, `ad` and `cheetah`
