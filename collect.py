@@ -18,7 +18,7 @@ The file holds N tasks with E stored episodes of T steps each, in any type of nu
     expert_return    (N,) float64         mean return of the trained agent without noise: a score of 1
     info             str                  JSON: the settings and the library versions
 
-The first four arrays are enough for AD, with `expert_actions` for DPT as well. The others belong to envs.py.
+The first four arrays are enough for AD, with `expert_actions` for DPT as well. The last four are for tasks of envs.py.
 """
 
 import argparse

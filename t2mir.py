@@ -70,7 +70,7 @@ class Config:
     task_experts: int = 8  # MoE: experts of the task-wise MoE (the paper's K2)
     top_k: int = 2  # MoE: experts that compute a token, in each MoE; a single one would have a gate without a gradient
     token_moe: bool = True  # MoE: the token-wise MoE; with neither MoE the agent is plain AD or DPT
-    task_moe: bool = True  # MoE: the task-wise MoE; a MoE that stands alone takes the full width
+    task_moe: bool = True  # MoE: the task-wise MoE; an MoE that stands alone takes the full width
     w_imp: float = 0.01  # MoE: weight of the importance term of the balance loss
     w_load: float = 0.01  # MoE: weight of the load term of the balance loss
     w_con: float = 0.01  # MoE: weight of the InfoNCE loss
@@ -206,7 +206,7 @@ class MoE(nn.Module):
     """A router, which chooses `config.top_k` of `num_experts` experts for each token, and these experts.
 
     A `noisy` router adds noise to its logits while training. A token then also tries experts that it would not choose,
-    and the load becomes a probability, which has a gradient.
+    and how likely it chooses each one, its part of the load (2), has a gradient.
     """
     def __init__(self, c, num_experts, hidden, d_out, noisy):
         super().__init__()
@@ -241,7 +241,7 @@ class TokenMoE(MoE):
 class TaskMoE(MoE):
     """(3) Task-wise MoE: y_task = sum_i w_task(i; h_mean) E_i(h) with w_task = softmax(topk(G_task(h_mean))).
 
-    The experts act on the token; only its gates are the task's. The router needs no noise: there is no load
+    The experts act on the token, and the task decides which of them do. The router needs no noise: there is no load
     to differentiate, and InfoNCE trains all of its logits whichever experts are chosen.
     """
     def __init__(self, c, hidden, d_out):
@@ -263,8 +263,8 @@ class TaskMoE(MoE):
 def prefix_mean(h, prefix=None, past_sum=0.0, past=0):
     """Mean of the layer's inputs over the tokens that each token may attend to, itself included: (B, L, d_model).
 
-    A mean over the whole sequence, as in some of the authors' configs, would show AD's router the rest of the episode:
-    it scored 0.38 instead of 0.62 on HalfCheetah. `prefix`, `past`: as in `attention_mask`; past_sum (B, 1, d_model).
+    A mean over the whole sequence, as in some of the authors' configs, would show AD's router the rest of the episode;
+    the first version then scored 0.38, not 0.62. `prefix` and `past`: as in `attention_mask`; past_sum (B, 1, d_model).
     """
     Q = 0 if prefix is None else prefix.shape[1]
     context, queries = h.split([h.shape[1] - Q, Q], dim=1)
@@ -307,18 +307,18 @@ def info_nce(z, k, W, task_ids):
 def neg_log_prob(actions, mean, log_std):
     """-log P of actions under a Gaussian policy, up to a constant, for each action dimension: (..., act_dim).
 
-    The targets have no noise, so the deviation is what the agent does not know: it explores until it knows its task.
+    Where targets have no noise, the deviation is what the agent does not know: it explores until it knows its task.
     """
     return ((actions - mean) * (-log_std).exp()).square() / 2 + log_std
 
 def experts_used(routing):
-    """Experts that the router uses over all tokens: exp of the entropy of mean gates, 1 (collapse) to E (balance)."""
+    """Experts that a router uses over all tokens: exp of the entropy of mean gates, from 1 to E; near k: a collapse."""
     share = routing.importance.detach().flatten(0, -2).mean(0)
     return torch.special.entr(share).sum().exp()
 
 # ---- Layer, block and model ------------------------------------------------------------------------------------------
 class T2MIRLayer(nn.Module):
-    """(5) T2MIR layer: concat(y_tok, y_task), each d / 2 wide; a MoE that stands alone is d wide.
+    """(5) T2MIR layer: concat(y_tok, y_task), each d / 2 wide; an MoE that stands alone is d wide.
 
     With top_k 2 a token meets 12 d^2 weights, as in a dense layer of width 6 d: with both MoEs four experts of
     (d -> 2 d -> d / 2), with one MoE two experts of (d -> 3 d -> d).
@@ -454,11 +454,11 @@ class Cache:
         return mean
 
     def step(self, model, x, keep=True):
-        """Mean and deviation (B, act_dim) of the policy at the last token of x (B, L, D), forgotten unless `keep`."""
+        """Mean and deviation (B, act_dim) of the policy at the last token of x (B, L, D); `keep`: remember x."""
         sums = self.sums.clone()
         mean, log_std, _ = model.act(x, cache=self, select=slice(-1, None))
         self.length += x.shape[1] if keep else 0
-        self.sums = self.sums if keep else sums  # the blocks have added x to self.sums
+        self.sums = self.sums if keep else sums  # undoes what prefix_mean has added
         return mean[:, 0], log_std[:, 0].exp()
 
     def fill(self, model, memory, keep, newest=False):
@@ -500,7 +500,7 @@ class AD:
     The context is 0 to K - 1 finished episodes of a task's learning history, mostly bad ones, and a running one of its
     last quarter (at most of the last 40 episodes), whose states are the queries. Half of the running episodes are a
     guest's, another task's agent, if there are targets for it: what the learner would have done in the guest's states.
-    While the running episode is the learner's own, its past actions give its next one away.
+    In the learner's own running episode, its past actions already give its next one away.
     """
     @staticmethod
     def batch(c, x, step, size, remembered=None):
@@ -525,7 +525,7 @@ class AD:
         at = task[:, None], running, kept
         batch = {k: torch.cat([remembered[k][finished], x[k][at]], 1) for k in ("states", "actions", "rewards")}
         time = torch.rand(size, T, device=device).argsort(dim=1)[:, : c.queries]  # (B, Q), each at most once
-        at, seen = (task[:, None], running, time), n * len(kept) + (time + c.stride - 1) // c.stride
+        at, seen = (task[:, None], running, time), n * len(kept) + (kept < time[..., None]).sum(-1)
         batch |= {"times": kept.repeat(n + 1), "targets": x["learner_actions"][at], "task_ids": task}
         return batch | {"queries": x["states"][at], "query_times": time, "seen": seen}
 
@@ -537,7 +537,7 @@ class AD:
         self.cache.fill(self.model, memory, self.model.config.context - 1, newest=True)
 
     def act(self, states, t):
-        """Mean and deviation (N, act_dim) of the action in states (N, obs_dim) at time t: queries."""
+        """Mean and deviation (N, act_dim) of the action, with states (N, obs_dim) at time t as queries."""
         return self.cache.step(self.model, self.model.state_tokens(states[:, None], t), keep=False)
 
     def observe(self, states, actions, rewards, t):
@@ -561,8 +561,7 @@ class DPT(AD):
         episode = remembered["by_return"][task[:, None], place]  # (B, K), the best one last
         at = task[:, None], episode.repeat_interleave(len(kept), dim=1), kept.repeat(K)
         batch = {k: remembered[k][at] for k in ("states", "actions", "rewards")}
-        limits, shape = (E, T, K * len(kept) + 1), (size, c.queries)
-        episode, time, seen = (torch.randint(limit, shape, device=device) for limit in limits)
+        episode, time, seen = (torch.randint(n, (size, c.queries), device=device) for n in (E, T, K * len(kept) + 1))
         at = task[:, None], episode, time
         batch |= {"times": kept.repeat(K), "targets": x["expert_actions"][at], "task_ids": task}
         return batch | {"queries": x["states"][at], "query_times": torch.tensor(T, device=device), "seen": seen}
@@ -573,7 +572,7 @@ class DPT(AD):
         self.first = not memory
 
     def act(self, states, t):
-        """Mean and deviation (N, act_dim) of the action in states (N, obs_dim): queries, which have no time."""
+        """Mean and deviation (N, act_dim) of the action, with states (N, obs_dim) as queries, which have no time."""
         return super().act(states, self.model.horizon)
 
     def observe(self, states, actions, rewards, t):
@@ -587,18 +586,20 @@ CONTROLS = {"own": "own context", "hidden": "context hidden", "other": "context 
 # ---- Acting in context -----------------------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(model, tasks, episodes, seed=0, context="own", memory=None):
-    """Acts in `tasks` (N, task_dim), all together, without any weight update; returns (episodes, N).
+    """Acts in `tasks` (N, task_dim) or a Gymnasium vector environment, without weight updates; returns (episodes, N).
 
     Controls: "other" gives each task the episodes of the one before, "hidden" empties the context before each action.
     The list `memory` holds finished episodes, (states, actions, rewards), each (N, T, ...); the agent adds its own.
     """
     c, device, was_training = model.config, model.state_mean.device, model.training
-    agent, memory = BACKBONES[c.mode](model.eval(), len(tasks)), [] if memory is None else memory
-    env, rng = make_vec(c.env, tasks), torch.Generator(device).manual_seed(seed)
+    env = make_vec(c.env, tasks) if isinstance(tasks, np.ndarray) else tasks
+    agent, memory = BACKBONES[c.mode](model.eval(), env.num_envs), [] if memory is None else memory
+    rng = torch.Generator(device).manual_seed(seed)
     for episode in range(episodes):
         agent.begin_episode([[part.roll(1, 0) for part in e] for e in memory] if context == "other" else memory)
-        states, steps = torch.as_tensor(env.reset(seed=seed if episode == 0 else None)[0], device=device), []
+        states, steps = env.reset(seed=seed if episode == 0 else None)[0], []
         for t in range(model.horizon):
+            states = torch.as_tensor(states, dtype=torch.float32, device=device)
             if context == "hidden":
                 agent.begin_episode([])
             mean, std = agent.act(states, t)
@@ -607,9 +608,8 @@ def evaluate(model, tasks, episodes, seed=0, context="own", memory=None):
             next_states, rewards, *_ = env.step(actions.float().cpu().numpy())
             steps.append((states, actions, torch.as_tensor(rewards, dtype=torch.float32, device=device)))
             agent.observe(*steps[-1], t)
-            states = torch.as_tensor(next_states, device=device)
+            states = next_states
         memory.append([torch.stack(part, dim=1) for part in zip(*steps)])  # (N, T, ...)
-    env.close()
     model.train(was_training)
     return torch.stack([rewards.sum(1) for _, _, rewards in memory[-episodes:]]).cpu().numpy()
 

@@ -1407,6 +1407,30 @@ def test_evaluation_leaves_the_model_as_it_was(mode):
     np.testing.assert_array_equal([rewards.sum(1).numpy() for _, _, rewards in memory], first)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_robot_is_an_environment_of_its_own(mode):
+    """A robot is any Gymnasium environment, here one with float64 states; it gives what the same task gives as an array.
+
+    The environment stays open, and is given actions in [-1, 1] only.
+    """
+    class Robot(gymnasium.Wrapper):
+        def reset(self, **how):
+            state, info = super().reset(**how)
+            return state.astype(np.float64), info
+
+        def step(self, action):
+            assert action.shape == (2,) and abs(action).max() <= 1
+            state, *rest = super().step(action)
+            return state.astype(np.float64), *rest
+
+        observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+
+    model, task = tiny_model(mode), np.array([0.5, 0.1])
+    robots = gymnasium.vector.SyncVectorEnv([lambda: Robot(gymnasium.make("t2mir/PointRobot-v0", task=task))])
+    np.testing.assert_allclose(evaluate(model, robots, 3, seed=1), evaluate(model, task[None], 3, seed=1), rtol=1e-6)
+    assert evaluate(model, robots, 2).shape == (2, 1) and robots.reset()[0].dtype == np.float64
+
+
 def test_scores_leave_out_experts_that_are_no_better_than_random(folder):
     """A score is 0 at the random return and 1 at the expert's; it is NaN where these two are the wrong way round.
 
@@ -2009,10 +2033,10 @@ def test_threads_stay_within_the_cores_of_this_process(monkeypatch):
 
 
 def test_routing_picture_or_the_reason_why_not(folder, tmp_path, capsys):
-    """It is drawn with three held-out tasks; with two tasks or without a MoE, one line says what is missing."""
+    """It is drawn with three held-out tasks; with two tasks or without an MoE, one line says what is missing."""
     for name, given, said in (
         ("few", {}, "2 held-out tasks"),
-        ("dense", dict(token_moe=False), "lacks a MoE"),
+        ("dense", dict(token_moe=False), "lacks an MoE"),
         ("enough", dict(val_tasks=3, batch=4, context=1), None),
     ):
         run = short_run("dpt", folder, tmp_path, name=name, **given)

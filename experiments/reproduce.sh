@@ -80,7 +80,9 @@ steps) # 99 minutes
     pairs "DPT, 1,000 tasks: 500 steps" point_robot1000-500 "0 1 2 3 4" 400 --data data1000 --steps 500
     pairs "DPT, 1,000 tasks: 1,000 steps" point_robot1000-short "0 1 2 3 4" 400 --data data1000 --steps 1000
     flags="--data data1000 --steps 10000 --eval-every 2500"
-    pairs "DPT, 1,000 tasks: 10,000 steps" point_robot1000-10000 "0 1 2" 400 $flags ;;
+    pairs "DPT, 1,000 tasks: 10,000 steps" point_robot1000-10000 "0 1 2" 400 $flags
+    flags="--data data1000 --steps 50000 --eval-every 10000"
+    pairs "DPT, 1,000 tasks: 50,000 steps" point_robot1000-50000 "0" 400 $flags ;;
 width) # 19 minutes
     data1000
     pairs "DPT, 1,000 tasks: 2,500 steps, width 16" point_robot1000-d16 "0 1 2 3 4" 400 --data data1000 --d-model 16 ;;
@@ -92,19 +94,20 @@ ad-short) # 38 minutes
     pairs "AD, 200 tasks: 3,000 steps" point_robot-ad-3000 "0 1 2 3 4" 400 $ad ;;
 ad-tasks) # 43 minutes
     data45
-    pairs "AD, 3,000 steps: 45 tasks" point_robot45-ad "0 1 2" 400 --data data45 $ad
-    pairs "AD, 3,000 steps: 1,000 tasks" point_robot1000-ad "0 1 2" 400 --data data1000 $ad ;;
+    pairs "AD, 3,000 steps: 45 tasks" point_robot45-ad "0 1 2 3 4" 400 --data data45 $ad
+    pairs "AD, 3,000 steps: 1,000 tasks" point_robot1000-ad "0 1 2 3 4" 400 --data data1000 $ad ;;
 cheetah) # 121 minutes: 40 with DPT, 81 with AD
     data cheetah_vel
     pairs "HalfCheetah: DPT" cheetah_vel-dpt "0 1 2" 100 --env cheetah_vel
     pairs "HalfCheetah: AD" cheetah_vel-ad "0 1 2" 100 --env cheetah_vel --mode ad ;;
 walker) # 36 minutes
     data walker_param
-    pairs "Walker2d: DPT" walker_param-dpt "0 1 2" 100 --env walker_param ;;
+    pairs "Walker2d: DPT" walker_param-dpt "0 1 2" 100 --env walker_param
+    pairs "Walker2d: AD" walker_param-ad "0 1 2" 100 --env walker_param --mode ad ;;
 ablations) # 34 minutes after `steps`
     ablations DPT point_robot1000-short "0 1 2 3 4" $short ;;
 ad-ablations) # 51 minutes after `ad-short`
-    ablations AD point_robot-ad-3000 "0 1 2" $ad ;;
+    ablations AD point_robot-ad-3000 "0 1 2 3 4" $ad ;;
 experts) # 43 minutes after `steps` and `tasks`
     other="against T2MIR with other experts"
     for n in "3 4" "24 32"; do
@@ -121,9 +124,9 @@ quality) # 43 minutes
     pairs "DPT, 2,500 steps: early half" point_robot-early-2500 "0 1 2" 400 --data data_early ;;
 ad-quality) # 22 minutes
     data_half early
-    pairs "AD, 3,000 steps: early half" point_robot-early-ad "0 1 2" 400 --data data_early $ad ;;
+    pairs "AD, 3,000 steps: early half" point_robot-early-ad "0 1 2 3 4" 400 --data data_early $ad ;;
 defaults) # 10 minutes after `pairs`, `ad`, `cheetah` and `walker`
-    agents="point_robot-dpt point_robot-ad cheetah_vel-dpt cheetah_vel-ad walker_param-dpt"
+    agents="point_robot-dpt point_robot-ad cheetah_vel-dpt cheetah_vel-ad walker_param-dpt walker_param-ad"
     python experiments/figures.py $(for a in $agents; do runs $a "0 1 2" && runs $a-dense "0 1 2"; done) --out figures
     for agent in point_robot-dpt point_robot-ad; do
         python experiments/fresh_tasks.py $(runs $agent "0 1 2") --tasks 400 --seed 1 --csv figures/fresh_tasks.csv

@@ -76,7 +76,7 @@ def main(run: tyro.conf.Positional[Path], out: Path = Path("figures")):
     model = t2mir.load_agent(run)
     c = model.config
     if not (c.token_moe and c.task_moe):
-        raise BadInput(f"{run} lacks a MoE: both routers are drawn")
+        raise BadInput(f"{run} lacks an MoE: both routers are drawn")
     data, _, held_out = t2mir.open_dataset(dataclasses.replace(c, resume=str(run)))  # collects nothing
     if held_out.sum() < 3:
         raise BadInput(f"{run} has {held_out.sum()} held-out tasks: a map of tasks needs at least 3")
