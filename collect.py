@@ -89,7 +89,7 @@ def load(path):
     Raises BadInput if the file is missing or damaged, or if an array is missing or is not what it should be.
     """
     path = Path(path)
-    require(path.exists(), f"{path} is missing: collect.py begins with the list of arrays that it should hold")
+    require(path.exists(), f"{path} is missing: run collect.py, or write the arrays that are listed at its beginning")
     try:
         fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
         with np.load(path, allow_pickle=False) as arrays:

@@ -54,7 +54,8 @@ def draw_all(rows):
         ax.xaxis.set_major_formatter("{x:g}")
         ax.minorticks_off()
         ax.tick_params(labelsize=8)
-    names = [f"{row['label']} ({len(row['seeds'].split())} pairs)" for row in rows]
+    pairs = [len(row["seeds"].split()) for row in rows]
+    names = [f"{row['label']} ({n} pair{'s' * (n > 1)})" for row, n in zip(rows, pairs)]
     axes[0].set(yticks=range(len(rows)), yticklabels=names, ylim=(len(rows) - 0.5, -0.5))
     axes[1].invert_xaxis()
     for mode, color in COLORS.items():

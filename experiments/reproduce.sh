@@ -75,7 +75,7 @@ tasks) # 84 minutes
     pairs "DPT, 45 tasks: 1,000 steps" point_robot45-1000 "0 1 2 3 4" 400 --data data45 --steps 1000
     pairs "DPT, 2,500 steps: 45 tasks" point_robot45 "0 1 2 3 4" 400 --data data45
     pairs "DPT, 2,500 steps: 1,000 tasks" point_robot1000 "0 1 2 3 4" 400 --data data1000 ;;
-steps) # 99 minutes
+steps) # 215 minutes
     data1000
     pairs "DPT, 1,000 tasks: 500 steps" point_robot1000-500 "0 1 2 3 4" 400 --data data1000 --steps 500
     pairs "DPT, 1,000 tasks: 1,000 steps" point_robot1000-short "0 1 2 3 4" 400 --data data1000 --steps 1000
@@ -92,7 +92,7 @@ ad) # 98 minutes
 ad-short) # 38 minutes
     data point_robot
     pairs "AD, 200 tasks: 3,000 steps" point_robot-ad-3000 "0 1 2 3 4" 400 $ad ;;
-ad-tasks) # 43 minutes
+ad-tasks) # 73 minutes
     data45
     pairs "AD, 3,000 steps: 45 tasks" point_robot45-ad "0 1 2 3 4" 400 --data data45 $ad
     pairs "AD, 3,000 steps: 1,000 tasks" point_robot1000-ad "0 1 2 3 4" 400 --data data1000 $ad ;;
@@ -106,7 +106,7 @@ walker) # 36 minutes
     pairs "Walker2d: AD" walker_param-ad "0 1 2" 100 --env walker_param --mode ad ;;
 ablations) # 34 minutes after `steps`
     ablations DPT point_robot1000-short "0 1 2 3 4" $short ;;
-ad-ablations) # 51 minutes after `ad-short`
+ad-ablations) # 81 minutes after `ad-short`
     ablations AD point_robot-ad-3000 "0 1 2 3 4" $ad ;;
 experts) # 43 minutes after `steps` and `tasks`
     other="against T2MIR with other experts"
@@ -122,7 +122,7 @@ quality) # 43 minutes
         pairs "DPT, 1,000 steps: $half half" "point_robot-$half" "0 1 2" 400 --data "data_$half" --steps 1000
     done
     pairs "DPT, 2,500 steps: early half" point_robot-early-2500 "0 1 2" 400 --data data_early ;;
-ad-quality) # 22 minutes
+ad-quality) # 35 minutes
     data_half early
     pairs "AD, 3,000 steps: early half" point_robot-early-ad "0 1 2 3 4" 400 --data data_early $ad ;;
 defaults) # 10 minutes after `pairs`, `ad`, `cheetah` and `walker`
