@@ -82,7 +82,7 @@ def draw_growth(rows):
             ax.errorbar(at, middle, bars, capsize=2, label=name, **style)
         ticks = sorted({n for _, curve in curves for n, _ in curve})
         ax.set_xscale("log")
-        ax.set_xticks(ticks, [f"{n:,}" for n in ticks], rotation=45)
+        ax.set_xticks(ticks, [f"{n:,}" for n in ticks], rotation=90)
         ax.minorticks_off()
         ax.axhline(0, color="k", lw=1)
         ax.set_xlabel(f"training {UNITS[x]}", fontsize=8)

@@ -100,7 +100,7 @@ cheetah) # 121 minutes: 40 with DPT, 81 with AD
     data cheetah_vel
     pairs "HalfCheetah: DPT" cheetah_vel-dpt "0 1 2" 100 --env cheetah_vel
     pairs "HalfCheetah: AD" cheetah_vel-ad "0 1 2" 100 --env cheetah_vel --mode ad ;;
-walker) # 36 minutes
+walker) # 105 minutes: 36 with DPT, 69 with AD
     data walker_param
     pairs "Walker2d: DPT" walker_param-dpt "0 1 2" 100 --env walker_param
     pairs "Walker2d: AD" walker_param-ad "0 1 2" 100 --env walker_param --mode ad ;;
