@@ -134,7 +134,8 @@ defaults) # 10 minutes after `pairs`, `ad`, `cheetah` and `walker`
     for agent in cheetah_vel-dpt cheetah_vel-ad; do
         python experiments/fresh_tasks.py $(runs $agent "0 1 2") --tasks 100 --csv figures/fresh_tasks.csv
     done
-    python experiments/fresh_tasks.py $(runs point_robot-dpt "0 1 2") --tasks 400 --seed 1 --context other
+    python experiments/fresh_tasks.py $(runs point_robot-dpt "0 1 2") --tasks 400 --seed 1 --context other \
+        --csv figures/fresh_tasks.csv
     python experiments/speeds.py $(runs cheetah_vel-dpt "0 1 2") --out figures/cheetah_vel-dpt-speeds.csv
     for env in point_robot cheetah_vel walker_param; do python experiments/watch.py "runs/$env-dpt-seed0"; done ;;
 gradients) # 2 minutes after `pairs` and `ad`
