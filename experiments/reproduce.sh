@@ -110,7 +110,7 @@ ad-ablations) # 81 minutes after `ad-short`
     ablations AD point_robot-ad-3000 "0 1 2 3 4" $ad ;;
 experts) # 43 minutes after `steps` and `tasks`
     other="against T2MIR with other experts"
-    for n in "3 4" "24 32"; do
+    for n in "3 4" "12 16" "24 32"; do
         set -- $n
         experts="--token-experts $1 --task-experts $2"
         against "$other, 1,000 tasks: $1 and $2" point_robot1000-short "experts$1" "0 1 2 3 4" $short $experts
