@@ -108,7 +108,7 @@ ablations) # 34 minutes after `steps`
     ablations DPT point_robot1000-short "0 1 2 3 4" $short ;;
 ad-ablations) # 81 minutes after `ad-short`
     ablations AD point_robot-ad-3000 "0 1 2 3 4" $ad ;;
-experts) # 43 minutes after `steps` and `tasks`
+experts) # 63 minutes after `steps` and `tasks`
     other="against T2MIR with other experts"
     for n in "3 4" "12 16" "24 32"; do
         set -- $n
