@@ -1409,11 +1409,13 @@ def test_evaluation_leaves_the_model_as_it_was(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_robot_is_an_environment_of_its_own(mode):
-    """A robot is any Gymnasium environment, here one with float64 states; it gives what the same task gives as an array.
+    """A robot is any Gymnasium environment, here one with float64 states; its returns are those of the task's array.
 
     The environment stays open, and is given actions in [-1, 1] only.
     """
     class Robot(gymnasium.Wrapper):
+        observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+
         def reset(self, **how):
             state, info = super().reset(**how)
             return state.astype(np.float64), info
@@ -1422,8 +1424,6 @@ def test_a_robot_is_an_environment_of_its_own(mode):
             assert action.shape == (2,) and abs(action).max() <= 1
             state, *rest = super().step(action)
             return state.astype(np.float64), *rest
-
-        observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64)
 
     model, task = tiny_model(mode), np.array([0.5, 0.1])
     robots = gymnasium.vector.SyncVectorEnv([lambda: Robot(gymnasium.make("t2mir/PointRobot-v0", task=task))])
