@@ -18,7 +18,7 @@ Equations (1) to (6) are numbered where they are computed. What this model does 
         -------------------------                  ^          second, running episode; each sees what was before it:
         -------------------------------               ^       the finished episode and the earlier steps of its own
 
-    DPT: K episodes as the prompt, and as queries any states of the task.
+    DPT: K episodes as the prompt, and as queries states of the task's other episodes.
 
         s a r s a r s a r s a r | q1 q2 q3      L_action: each query predicts the expert's action in its state
         -----------               ^             q1 sees two steps of the prompt and itself
@@ -263,8 +263,7 @@ class TaskMoE(MoE):
 def prefix_mean(h, prefix=None, past_sum=0.0, past=0):  # past_sum (B, 1, d_model), the sum over the `past` tokens
     """Mean of the layer's inputs over the tokens that each token may attend to, itself included: (B, L, d_model).
 
-    A mean over the whole sequence, as in some of the authors' configs, would show AD's router the rest of the episode;
-    the first version then scored 0.38, not 0.62, on HalfCheetah. `prefix` and `past`: as in `attention_mask`.
+    A mean over the whole sequence would show AD's router the future. `prefix` and `past`: as in `attention_mask`.
     """
     Q = 0 if prefix is None else prefix.shape[1]
     context, queries = h.split([h.shape[1] - Q, Q], dim=1)
@@ -548,7 +547,7 @@ class AD:
 class DPT(AD):
     """Decision-Pretrained Transformer (Lee et al. 2023) predicts the expert's action in any state of the task.
 
-    The context, here called the prompt, is K episodes of any quality, and the queries are states of any episodes. A
+    The context, here called the prompt, is K episodes of any quality, and the queries are states of other episodes. A
     trained agent's prompt is its best episodes so far (its last ones make it drift), at first the running one.
     """
     @staticmethod
@@ -558,10 +557,12 @@ class DPT(AD):
         task = torch.rand(N, device=device).argsort()[: size // 2].repeat(2)  # two sequences of each task
         kept = torch.arange(0, T, c.stride, device=device)
         place = torch.randint(E, (size, K), device=device).sort(dim=1).values
-        episode = remembered["by_return"][task[:, None], place]  # (B, K), the best one last
-        at = task[:, None], episode.repeat_interleave(len(kept), dim=1), kept.repeat(K)
+        prompt = remembered["by_return"][task[:, None], place]  # (B, K), the best one last
+        at = task[:, None], prompt.repeat_interleave(len(kept), dim=1), kept.repeat(K)
         batch = {k: remembered[k][at] for k in ("states", "actions", "rewards")}
-        episode, time, seen = (torch.randint(n, (size, c.queries), device=device) for n in (E, T, K * len(kept) + 1))
+        other = torch.ones(size, E, device=device).scatter(1, place, float(E <= K))  # 0: a prompt may show the answers
+        episode = x["by_return"][task[:, None], other.multinomial(c.queries, replacement=True)]  # (B, Q)
+        time, seen = (torch.randint(n, (size, c.queries), device=device) for n in (T, K * len(kept) + 1))
         at = task[:, None], episode, time
         batch |= {"times": kept.repeat(K), "targets": x["expert_actions"][at], "task_ids": task}
         return batch | {"queries": x["states"][at], "query_times": torch.tensor(T, device=device), "seen": seen}
@@ -622,14 +623,13 @@ def held_out_loss(model, x, context="own", batches=20):
     c, was_training, seen, losses = model.config, model.training, [], []
     backbone, size = BACKBONES[c.mode], min(max(4, c.batch), 2 * len(x["rewards"]))
     remembered = {k: x[k].roll(int(context == "other"), 0) for k in ("states", "actions", "rewards", "by_return")}
-    model.eval()
     for i in range(batches):
         torch.manual_seed(i)
         batch = backbone.batch(c, x, i, size, remembered)
         seen.append(batch["seen"].flatten())
         if context == "hidden":  # each query sees itself only
             batch["seen"] = torch.zeros_like(batch["seen"])
-        mean, log_std, _ = model.predict(batch)
+        mean, log_std, _ = model.eval().predict(batch)
         losses.append(neg_log_prob(batch["targets"], mean, log_std).mean(-1).flatten())
     model.train(was_training)
     return torch.cat(seen).cpu().numpy(), torch.cat(losses).cpu().numpy()

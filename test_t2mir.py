@@ -764,7 +764,7 @@ def test_the_keys_of_info_nce_teach_nothing(mode, folder):
     slow = slow_info_nce(mean @ moe.router.weight.T, keys, moe.W, batch["task_ids"])
     for one, other in zip(got, torch.autograd.grad(slow, [seen[0], moe.router.weight, moe.W], retain_graph=True)):
         near(one, other, 1e-4)
-        assert one.abs().max() > 1e-4
+        assert one.abs().max() > 1e-5
     contrastive.backward()
     assert moe.key_router.weight.grad is None and not moe.key_router.weight.requires_grad
 
@@ -995,8 +995,8 @@ def test_batches(mode, stride, learner, folder):
     AD: none, one and two finished episodes in turn, then an episode of the last quarter, every stride-th step of each.
     The queries are the states of the last episode, each behind the steps before it. Their targets are the learner's
     actions where the data has them, the last episode then being a guest's too, or else the actions taken. DPT: a prompt
-    of three episodes, every stride-th step of each, and queries from all episodes. Finished episodes are sorted by
-    return.
+    of three episodes, every stride-th step of each, and queries from any other episodes. Finished episodes are sorted
+    by return.
     """
     data = load(f"{folder}/point_robot.npz")
     if not learner:
@@ -1039,6 +1039,7 @@ def test_batches(mode, stride, learner, folder):
                 for query, label in zip(batch["queries"][b], batch["targets"][b], strict=True):
                     e, t = np.argwhere((states == query).all(-1))[0]
                     np.testing.assert_array_equal(labels[e, t], label)
+                    assert e not in places
                     asked.add((e, t))
             assert places == sorted(places, key=lambda p: rewards[p].sum())
             finished_seen |= set(places)
@@ -1131,9 +1132,13 @@ def test_ad_draws_as_many_episodes_as_there_are():
         assert batch["states"].shape == (8, (step % 4 + 1) * 5, 3) and batch["targets"].shape == (8, 5, 2)
 
 
-def test_dpt_draws_its_prompt_from_all_episodes():
-    """Each of the episodes, prefixes and times of queries is as frequent as any other."""
-    N, E, T = 100, 6, 3
+@pytest.mark.parametrize("E", [6, 2])
+def test_dpt_draws_its_prompt_from_all_episodes(E):
+    """Each of the episodes, prefixes and times of queries is as frequent as any other.
+
+    No query is from an episode of its prompt, whose actions may be the targets, unless the prompt may hold them all.
+    """
+    N, T = 100, 3
     data = numbered_data(N, E, T)
     data["expert_actions"] = data["actions"]
     x, c = t2mir.tensors(data, np.ones(N, bool), "cpu"), tiny("dpt", context=2, queries=4)
@@ -1141,6 +1146,9 @@ def test_dpt_draws_its_prompt_from_all_episodes():
     batches = [t2mir.DPT.batch(c, x, step, 2 * N) for step in range(50)]
     pairs = np.concatenate([ranks_of(batch, x, T, 2) for batch in batches])
     assert (pairs[:, 0] <= pairs[:, 1]).all()
+    prompts = np.concatenate([batch["states"][:, ::T, 1] for batch in batches])  # (B, K), the numbers of its episodes
+    asked = np.concatenate([batch["queries"][..., 1] for batch in batches])  # (B, Q)
+    assert (asked[:, :, None] == prompts[:, None]).any() == (E == 2)
     queries = np.concatenate([batch["queries"].flatten(0, 1) for batch in batches]).astype(int)
     seen = np.concatenate([batch["seen"].flatten() for batch in batches])
     for numbers, n in ((pairs.flatten(), E), (queries[:, 1], E), (queries[:, 2], T), (seen, 2 * T + 1)):
