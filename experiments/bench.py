@@ -111,6 +111,7 @@ def bench(c):
     for _ in range(ROUNDS):
         for name, (model, optimizers, agent) in agents.items():
             tokens = clock((name, "train"), training_step, model.train(), optimizers, x)
+            clock((name, "optimizers"), lambda: [optimizer.step() for optimizer in optimizers])
             model.eval()
             clock((name, "remember"), torch.no_grad()(agent.begin_episode), memory)
             for t in range(5):
@@ -122,10 +123,10 @@ def bench(c):
     print(f"{c.env} {c.mode}: width {c.d_model}, {c.n_layers} layers, {c.dtype}, {c.batch} sequences, {tokens} tokens")
     print(f"    floor: {flops / 1e9:,.0f} GFLOP a step, and the machine makes {rate / 1e9:,.0f} GFLOP/s")
     for name in agents:
-        train, remember, act_ms = (1e3 * t[name, what] for what in ("train", "remember", "act"))
+        train, step, remember, acting = (1e3 * t[name, what] for what in ("train", "optimizers", "remember", "act"))
         print(f"    {name} trains {1e3 * tokens / train:9,.0f} tokens/s: {train:,.0f} ms a step", end="")
-        print(f", of which the floor is {1e3 * flops / rate / train:.0%}")
-        print(f"    {name} acts in {TASKS} tasks in {act_ms:.1f} ms a step, and remembers in {remember:.0f} ms")
+        print(f", of which the floor is {1e3 * flops / rate / train:.0%} and the optimizers {step / train:.0%}")
+        print(f"    {name} acts in {TASKS} tasks in {acting:.1f} ms a step, and remembers in {remember:.0f} ms")
     print(f"    T2MIR's training step takes {ratio:.2f} times the dense one's")
     if c.device.startswith("cuda"):
         print(f"    peak memory so far {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
