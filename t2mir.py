@@ -312,8 +312,7 @@ def neg_log_prob(actions, mean, log_std):
 
 def experts_used(routing):
     """Experts that a router uses over all tokens: exp of the entropy of mean gates, from 1 to E; near k: a collapse."""
-    share = routing.importance.detach().flatten(0, -2).mean(0)
-    return torch.special.entr(share).sum().exp()
+    return torch.special.entr(routing.importance.detach().flatten(0, -2).mean(0)).sum().exp()
 
 # ---- Layer, block and model ------------------------------------------------------------------------------------------
 class T2MIRLayer(nn.Module):
@@ -499,7 +498,7 @@ class AD:
     The context is 0 to K - 1 finished episodes of a task's learning history, mostly bad ones, and a running one of its
     last quarter (at most of the last 40 episodes), whose states are the queries. Half of the running episodes are a
     guest's, another task's agent, if there are targets for it: what the learner would have done in the guest's states.
-    In the learner's own running episode, its past actions already give its next one away.
+    From a learner's own past actions its next one could be guessed without the finished episodes.
     """
     @staticmethod
     def batch(c, x, step, size, remembered=None):
@@ -514,7 +513,7 @@ class AD:
         n = step % c.context  # 0 to K - 1 finished episodes
         own, guest = (x[k][torch.randint(len(x[k]), (size, 1), device=device)] for k in ("own", "guests"))
         running = torch.where(torch.rand(size, 1, device=device) < 0.5, guest, own)  # (B, 1)
-        # The finished episodes are n of the r worst, r uniform, filled up if r < n; never the running one.
+        # The finished episodes are n of the r worst, r uniform, and better ones if r < n; never the running one.
         too_good = torch.arange(E, device=device) >= torch.rand(size, 1, device=device) * E  # (B, E), by return
         rank = torch.rand(size, E, device=device) + too_good + 2 * (x["by_return"][task] == running)
         place = rank.topk(n, largest=False).indices.sort(dim=1).values
@@ -560,7 +559,7 @@ class DPT(AD):
         prompt = remembered["by_return"][task[:, None], place]  # (B, K), the best one last
         at = task[:, None], prompt.repeat_interleave(len(kept), dim=1), kept.repeat(K)
         batch = {k: remembered[k][at] for k in ("states", "actions", "rewards")}
-        other = torch.ones(size, E, device=device).scatter(1, place, float(E <= K))  # 0: a prompt may show the answers
+        other = torch.ones(size, E, device=device).scatter(1, place, 0)  # no queries from the prompt
         episode = x["by_return"][task[:, None], other.multinomial(c.queries, replacement=True)]  # (B, Q)
         time, seen = (torch.randint(n, (size, c.queries), device=device) for n in (T, K * len(kept) + 1))
         at = task[:, None], episode, time
@@ -660,7 +659,8 @@ def open_dataset(c):
         held_out = train & (np.cumsum(train[::-1])[::-1] <= c.val_tasks)  # the last ones of the training tasks
         train = train & ~held_out
     require(c.mode == "ad" or "expert_actions" in data, f"{path}: DPT needs `expert_actions`; --mode ad does without")
-    require(c.context <= data["rewards"].shape[1], f"--context {c.context} is more than the episodes of a task")
+    E = data["rewards"].shape[1] - (c.mode == "dpt")  # one is left for DPT's queries
+    require(c.context <= E, f"--context {c.context} is more than the {E} episodes that it can have")
     require(c.batch // 2 <= train.sum(), f"--batch {c.batch} is more than twice the {train.sum()} training tasks")
     return data, train, held_out
 
@@ -694,7 +694,7 @@ def read_checkpoint(run, device="cpu"):
     with suppress(RuntimeError, OSError, EOFError, pickle.UnpicklingError):
         saved = torch.load(path, map_location=device, weights_only=True)
     fits = "fingerprint" in saved and saved["config"].keys() == {f.name for f in dataclasses.fields(Config)}
-    require(fits, f"{path} is damaged, or not a checkpoint of this code")
+    require(fits, f"{path} is damaged, or of a Config with other fields")
     return saved
 
 def load_agent(run, device="cpu"):

@@ -1132,13 +1132,12 @@ def test_ad_draws_as_many_episodes_as_there_are():
         assert batch["states"].shape == (8, (step % 4 + 1) * 5, 3) and batch["targets"].shape == (8, 5, 2)
 
 
-@pytest.mark.parametrize("E", [6, 2])
-def test_dpt_draws_its_prompt_from_all_episodes(E):
+def test_dpt_draws_its_prompt_from_all_episodes():
     """Each of the episodes, prefixes and times of queries is as frequent as any other.
 
-    No query is from an episode of its prompt, whose actions may be the targets, unless the prompt may hold them all.
+    No query is from an episode of its prompt, whose actions may be the targets.
     """
-    N, T = 100, 3
+    N, E, T = 100, 6, 3
     data = numbered_data(N, E, T)
     data["expert_actions"] = data["actions"]
     x, c = t2mir.tensors(data, np.ones(N, bool), "cpu"), tiny("dpt", context=2, queries=4)
@@ -1148,7 +1147,7 @@ def test_dpt_draws_its_prompt_from_all_episodes(E):
     assert (pairs[:, 0] <= pairs[:, 1]).all()
     prompts = np.concatenate([batch["states"][:, ::T, 1] for batch in batches])  # (B, K), the numbers of its episodes
     asked = np.concatenate([batch["queries"][..., 1] for batch in batches])  # (B, Q)
-    assert (asked[:, :, None] == prompts[:, None]).any() == (E == 2)
+    assert (asked[:, :, None] != prompts[:, None]).all()
     queries = np.concatenate([batch["queries"].flatten(0, 1) for batch in batches]).astype(int)
     seen = np.concatenate([batch["seen"].flatten() for batch in batches])
     for numbers, n in ((pairs.flatten(), E), (queries[:, 1], E), (queries[:, 2], T), (seen, 2 * T + 1)):
@@ -1738,6 +1737,15 @@ def test_dpt_needs_expert_actions(tmp_path):
     with pytest.raises(BadInput, match="expert_actions.*--mode ad") as caught:
         short_run("dpt", tmp_path, tmp_path, env="my_robot", batch=4)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mode, most", [("ad", 5), ("dpt", 4)])
+def test_a_context_of_more_episodes_than_a_task_has_is_refused(mode, most, tmp_path):
+    """Of five episodes AD's context may hold all, and DPT's prompt all but one, from which the queries are."""
+    own_data(tmp_path)  # five episodes
+    short_run(mode, tmp_path, tmp_path, env="my_robot", batch=4, steps=1, context=most)
+    with pytest.raises(BadInput, match=f"--context {most + 1} is more than the {most} episodes that it can have"):
+        short_run(mode, tmp_path, tmp_path, env="my_robot", batch=4, context=most + 1, name="more")
 
 
 def test_a_dimension_that_hardly_moves_is_not_blown_up(tmp_path):
