@@ -36,7 +36,6 @@ import dataclasses
 import json
 import math
 import os
-import pickle
 import sys
 import time
 from collections import defaultdict
@@ -98,17 +97,18 @@ class Config:
 
     def __post_init__(self):
         self.device = pick_device(self.device)
-        self.dtype = {"auto": "bfloat16" if "cuda" in self.device else "float32"}.get(self.dtype, self.dtype)
+        if self.dtype == "auto":
+            self.dtype = "bfloat16" if "cuda" in self.device else "float32"
         low, high = dict(seed=0, warmup=0, val_tasks=0, top_k=2, batch=2), dict(dropout=0.99, momentum=1)
         for f in dataclasses.fields(self):
             if f.type in (int, float):
                 value, least, most = getattr(self, f.name), low.get(f.name, int(f.type is int)), high.get(f.name, 1e99)
                 require(least <= value <= most, f"--{f.name} {value} must lie between {least} and {most:g}")
         require(self.mode in BACKBONES, f"--mode {self.mode} must be ad or dpt")
-        blocks = {"last": [self.n_layers - 1], "all": range(self.n_layers)}.get(self.moe_layers)
-        self.moe_blocks = blocks or [int(i) if i.isdecimal() else math.inf for i in self.moe_layers.split(",")]
-        fits = max(self.moe_blocks) < self.n_layers
-        require(fits, f"--moe_layers {self.moe_layers} must be last, all, or indices of blocks such as 0,2")
+        every = [str(i) for i in range(self.n_layers)]
+        named = {"last": every[-1:], "all": every}.get(self.moe_layers, self.moe_layers.split(","))
+        require(set(named) <= set(every), f"--moe_layers {self.moe_layers} must be last, all, or blocks such as 0,2")
+        self.moe_blocks = [int(i) for i in named]
         require(self.d_model % math.lcm(16, self.n_heads) == 0, "--d_model must be a multiple of 16 and of --n_heads")
         require(self.batch % 2 == 0, f"--batch {self.batch} must be even: each task in it has two sequences")
         require(self.top_k < min(self.token_experts, self.task_experts), "--top_k must be below the numbers of experts")
@@ -119,17 +119,14 @@ class Config:
 # batch 32 (AD on MuJoCo 24), dropout 0.05, learning rate 3e-4, 10,000 steps of warm-up in 100,000 steps.
 MUJOCO = dict(d_model=128, lr=4e-3, stride=8, noise=0.0, steps=1_000, eval_every=250)
 BY_MODE = {"dpt": dict(context=1), "ad": dict(batch=16, w_imp=0.1, w_load=0.1)}
-PRESETS = {
-    ("point_robot", "ad"): dict(steps=12_000, eval_every=4_000),
-    ("cheetah_vel", "dpt"): dict(MUJOCO, n_layers=4),
-    ("cheetah_vel", "ad"): dict(MUJOCO, steps=3_000, eval_every=1_000),
-    ("walker_param", "dpt"): dict(MUJOCO, n_layers=4),
-    ("walker_param", "ad"): dict(MUJOCO, steps=3_000, eval_every=1_000),
-}
+PRESETS = {("point_robot", "ad"): dict(steps=12_000, eval_every=4_000)}
+for family in ("cheetah_vel", "walker_param"):
+    PRESETS[family, "dpt"] = dict(MUJOCO, n_layers=4)
+    PRESETS[family, "ad"] = dict(MUJOCO, steps=3_000, eval_every=1_000)
 
 def preset(env="point_robot", mode="dpt", **given):
     """The Config of `env` and `mode`, with the fields in `given` on top; own data has the defaults of its mode."""
-    return Config(**{"env": env, "mode": mode, **BY_MODE.get(mode, {}), **PRESETS.get((env, mode), {}), **given})
+    return Config(env=env, mode=mode, **(BY_MODE.get(mode, {}) | PRESETS.get((env, mode), {}) | given))
 
 # ---- Attention, experts and routers ----------------------------------------------------------------------------------
 def attention_mask(length, prefix=None, past=0, device=None):
@@ -182,17 +179,17 @@ class Experts(nn.Module):
 
     def forward(self, h, gates, chosen):
         """sum_j gates[j] E_chosen[j](h): h (..., d_in), gates and chosen (..., k) -> (..., d_out)."""
-        shape, device = h.shape[:-1], h.device.type
-        if torch.is_autocast_enabled(device):  # autocast does not cover grouped_mm
-            h = h.to(torch.get_autocast_dtype(device))
-        h, gates, chosen = (x.flatten(0, -2) for x in (h, gates, chosen))  # (N, .)
-        expert, order = chosen.flatten().sort(stable=True)  # the N * k pairs, so that each expert has contiguous rows
-        token = order // chosen.shape[1]  # (N * k,), as pair p belongs to token p // k
-        ends = torch.searchsorted(expert, torch.arange(len(self.w1), device=h.device), right=True).int()
+        if torch.is_autocast_enabled(h.device.type):  # autocast does not cover grouped_mm
+            h = h.to(torch.get_autocast_dtype(h.device.type))
+        rows = h.flatten(0, -2)  # (N, d_in)
+        # The N * k pairs of token and expert, sorted by expert. Example: chosen is (0, 2), (2, 1), (0, 1).
+        expert, order = chosen.flatten().sort(stable=True)  # 0 0 1 1 2 2
+        token = order // chosen.shape[-1]  # 0 2 1 2 0 1
+        ends = torch.searchsorted(expert, torch.arange(len(self.w1), device=h.device), right=True).int()  # 2 4 6
         w1, w2 = (torch.stack(list(w)).to(h.dtype) for w in (self.w1, self.w2))
-        y = F.gelu(multiply_by_expert(h[token], w1, ends))
+        y = F.gelu(multiply_by_expert(rows[token], w1, ends))
         y = multiply_by_expert(y, w2, ends) * gates.flatten()[order, None]
-        return y.new_zeros(len(h), y.shape[1]).index_add(0, token, y).view(*shape, -1)
+        return y.new_zeros(len(rows), y.shape[1]).index_add(0, token, y).view(*h.shape[:-1], -1)
 
 class Routing(NamedTuple):
     """What a router decided for each row of its input."""
@@ -218,8 +215,8 @@ class MoE(nn.Module):
     def route(self, h):
         """softmax(topk(G(h))): h (..., d_model) -> Routing, in float32, because small differences decide."""
         with torch.autocast(h.device.type, enabled=False):
-            h, load = h.to(self.router.weight.dtype), None
             clean = noisy = self.router(h)  # (..., E)
+            load = None
             if self.noise is not None and self.training:
                 sigma = F.softplus(self.noise(h)) + 1e-2  # the constant keeps the division in the load finite
                 noisy = clean + torch.randn_like(clean) * sigma
@@ -265,14 +262,13 @@ def prefix_mean(h, prefix=None, past_sum=0.0, past=0):  # past_sum (B, 1, d_mode
 
     A mean over the whole sequence would show AD's router the future. `prefix` and `past`: as in `attention_mask`.
     """
-    Q = 0 if prefix is None else prefix.shape[1]
-    context, queries = h.split([h.shape[1] - Q, Q], dim=1)
-    sums = context.cumsum(1) + past_sum
-    means = sums / (past + torch.arange(1, context.shape[1] + 1, device=h.device))[:, None]
-    if Q == 0:
+    n = h.shape[1] if prefix is None else h.shape[1] - prefix.shape[1]  # context tokens, which come first
+    sums = h[:, :n].cumsum(1) + past_sum
+    means = sums / (past + torch.arange(1, n + 1, device=h.device))[:, None]
+    if prefix is None:
         return means
     before = F.pad(sums, (0, 0, 1, 0)).take_along_dim(prefix[..., None], dim=1)  # (B, Q, d_model), sum of the prefix
-    return torch.cat([means, (before + queries) / (prefix[..., None] + 1)], dim=1)
+    return torch.cat([means, (before + h[:, n:]) / (prefix[..., None] + 1)], dim=1)
 
 # ---- Losses ----------------------------------------------------------------------------------------------------------
 def cv_squared(x):
@@ -288,7 +284,7 @@ def load_probability(clean, noisy, sigma, k):
     """
     top = noisy.topk(k + 1, dim=-1).values
     kth, next_best = top[..., k - 1 : k], top[..., k : k + 1]
-    threshold = torch.where(noisy >= kth, next_best, kth)
+    threshold = torch.where(noisy >= kth, next_best, kth)  # those of the top k are not their own rivals
     return torch.special.ndtr((clean - threshold) / sigma)
 
 def info_nce(z, k, W, task_ids):
@@ -437,7 +433,8 @@ class Cache:
         c, zeros = model.config, model.state_mean.new_zeros
         capacity = 3 * c.context * len(range(0, model.horizon, c.stride)) + 1  # tokens: steps and a query
         self.kv = zeros(c.n_layers, 2, batch, c.n_heads, capacity, c.d_model // c.n_heads)
-        self.sums, self.length = zeros(c.n_layers, batch, c.d_model), 0
+        self.sums = zeros(c.n_layers, batch, c.d_model)
+        self.added, self.length = torch.zeros_like(self.sums), 0  # what the newest tokens add; number of past tokens
 
     def append(self, block, k, v):
         """Puts k and v (B, heads, L, D / heads) of a block behind its past; returns both with their past."""
@@ -447,16 +444,15 @@ class Cache:
 
     def prefix_mean(self, block, h):
         """`prefix_mean` of h (B, L, D) behind the block's past."""
-        mean = prefix_mean(h, None, self.sums[block][:, None], self.length)
-        self.sums[block] += h.sum(1)
-        return mean
+        self.added[block] = h.sum(1)
+        return prefix_mean(h, None, self.sums[block][:, None], self.length)
 
     def step(self, model, x, keep=True):
         """Mean and deviation (B, act_dim) of the policy at the last token of x (B, L, D); `keep`: remember x."""
-        sums = self.sums.clone()
         mean, log_std, _ = model.act(x, cache=self, select=slice(-1, None))
-        self.length += x.shape[1] if keep else 0
-        self.sums = self.sums if keep else sums  # undoes what prefix_mean has added
+        if keep:  # otherwise the next tokens take the place of x
+            self.length += x.shape[1]
+            self.sums += self.added
         return mean[:, 0], log_std[:, 0].exp()
 
     def fill(self, model, memory, keep, newest=False):
@@ -464,16 +460,17 @@ class Cache:
 
         An episode is (states, actions, rewards), each (N, T, ...), of which every `stride`-th step is kept.
         """
-        self.length, self.sums, keep = 0, torch.zeros_like(self.sums), min(keep, len(memory))
+        self.length, keep = 0, min(keep, len(memory))
+        self.sums.zero_()
         if keep:
             returns = torch.stack([rewards.sum(1) for _, _, rewards in memory], dim=1)  # (N, n)
             priority = returns.clone()
             priority[:, -1] += math.inf if newest else 0.0
-            places = priority.topk(keep).indices
-            places = places.gather(1, returns.gather(1, places).argsort(dim=1, stable=True))  # (N, keep)
-            row, stride = torch.arange(len(places), device=places.device)[:, None], model.config.stride
-            parts = [torch.stack(part, dim=1)[row, places, ::stride].flatten(1, 2) for part in zip(*memory)]
-            times = torch.arange(0, model.horizon, stride, device=places.device).repeat(keep)
+            best = priority.topk(keep).indices  # (N, keep)
+            order = returns.gather(1, best).argsort(dim=1, stable=True)  # by return, the best one last
+            row, stride = torch.arange(len(best), device=best.device)[:, None], model.config.stride
+            parts = [torch.stack(part, 1)[row, best.gather(1, order), ::stride].flatten(1, 2) for part in zip(*memory)]
+            times = torch.arange(0, model.horizon, stride, device=best.device).repeat(keep)
             self.step(model, model.tokens(*parts, times))
 
 def tensors(data, tasks, device):
@@ -508,24 +505,25 @@ class AD:
         (B, Q, obs_dim), query_times (B, Q) or one for all, targets (B, Q, act_dim), and seen (B, Q), the steps of
         context that each sees. The finished episodes, DPT's prompt, are from the arrays `remembered`, by default x.
         """
-        (N, E, T), device, remembered = x["rewards"].shape, x["rewards"].device, remembered or x
+        N, E, T = x["rewards"].shape
+        device, remembered = x["rewards"].device, remembered or x
         task = torch.rand(N, device=device).argsort()[: size // 2].repeat(2)  # two sequences of each task
         n = step % c.context  # 0 to K - 1 finished episodes
-        own, guest = (x[k][torch.randint(len(x[k]), (size, 1), device=device)] for k in ("own", "guests"))
+        own = x["own"][torch.randint(len(x["own"]), (size, 1), device=device)]
+        guest = x["guests"][torch.randint(len(x["guests"]), (size, 1), device=device)]
         running = torch.where(torch.rand(size, 1, device=device) < 0.5, guest, own)  # (B, 1)
-        # The finished episodes are n of the r worst, r uniform, and better ones if r < n; never the running one.
+        # The n of lowest rank are drawn. Below 1: the r worst, r uniform. From 1: the better. From 2: the running one.
         too_good = torch.arange(E, device=device) >= torch.rand(size, 1, device=device) * E  # (B, E), by return
         rank = torch.rand(size, E, device=device) + too_good + 2 * (x["by_return"][task] == running)
         place = rank.topk(n, largest=False).indices.sort(dim=1).values
-        episode = remembered["by_return"][task].gather(1, place)  # (B, n), the best one last
-        kept = torch.arange(0, T, c.stride, device=device)
-        finished = task[:, None], episode.repeat_interleave(len(kept), dim=1), kept.repeat(n)
-        at = task[:, None], running, kept
-        batch = {k: torch.cat([remembered[k][finished], x[k][at]], 1) for k in ("states", "actions", "rewards")}
+        row, kept = task[:, None], torch.arange(0, T, c.stride, device=device)
+        finished = remembered["by_return"][row, place]  # (B, n), the best one last
+        past = {k: remembered[k][row, finished, :: c.stride].flatten(1, 2) for k in ("states", "actions", "rewards")}
+        batch = {k: torch.cat([past[k], x[k][row, running, kept]], dim=1) for k in past}
         time = torch.rand(size, T, device=device).argsort(dim=1)[:, : c.queries]  # (B, Q), each at most once
-        at, seen = (task[:, None], running, time), n * len(kept) + (kept < time[..., None]).sum(-1)
-        batch |= {"times": kept.repeat(n + 1), "targets": x["learner_actions"][at], "task_ids": task}
-        return batch | {"queries": x["states"][at], "query_times": time, "seen": seen}
+        seen = n * len(kept) + (kept < time[..., None]).sum(-1)
+        batch |= {"times": kept.repeat(n + 1), "task_ids": task, "query_times": time, "seen": seen}
+        return batch | {"queries": x["states"][row, running, time], "targets": x["learner_actions"][row, running, time]}
 
     def __init__(self, model, num_tasks):
         self.model, self.cache = model, Cache(model, num_tasks)
@@ -552,19 +550,19 @@ class DPT(AD):
     @staticmethod
     def batch(c, x, step, size, remembered=None):
         """As for AD. The steps of the prompt that a query sees, `seen` (B, Q), are drawn at random."""
-        (N, E, T), K, device, remembered = x["rewards"].shape, c.context, x["rewards"].device, remembered or x
+        N, E, T = x["rewards"].shape
+        device, remembered = x["rewards"].device, remembered or x
         task = torch.rand(N, device=device).argsort()[: size // 2].repeat(2)  # two sequences of each task
-        kept = torch.arange(0, T, c.stride, device=device)
-        place = torch.randint(E, (size, K), device=device).sort(dim=1).values
-        prompt = remembered["by_return"][task[:, None], place]  # (B, K), the best one last
-        at = task[:, None], prompt.repeat_interleave(len(kept), dim=1), kept.repeat(K)
-        batch = {k: remembered[k][at] for k in ("states", "actions", "rewards")}
+        row, times = task[:, None], torch.arange(0, T, c.stride, device=device).repeat(c.context)  # (B, 1), (S,)
+        place = torch.randint(E, (size, c.context), device=device).sort(dim=1).values
+        prompt = remembered["by_return"][row, place]  # (B, K), the best one last
+        batch = {k: remembered[k][row, prompt, :: c.stride].flatten(1, 2) for k in ("states", "actions", "rewards")}
         other = torch.ones(size, E, device=device).scatter(1, place, 0)  # no queries from the prompt
-        episode = x["by_return"][task[:, None], other.multinomial(c.queries, replacement=True)]  # (B, Q)
-        time, seen = (torch.randint(n, (size, c.queries), device=device) for n in (T, K * len(kept) + 1))
-        at = task[:, None], episode, time
-        batch |= {"times": kept.repeat(K), "targets": x["expert_actions"][at], "task_ids": task}
-        return batch | {"queries": x["states"][at], "query_times": torch.tensor(T, device=device), "seen": seen}
+        episode = x["by_return"][row, other.multinomial(c.queries, replacement=True)]  # (B, Q)
+        time = torch.randint(T, (size, c.queries), device=device)
+        seen = torch.randint(len(times) + 1, (size, c.queries), device=device)
+        batch |= {"times": times, "task_ids": task, "query_times": torch.tensor(T, device=device), "seen": seen}
+        return batch | {"queries": x["states"][row, episode, time], "targets": x["expert_actions"][row, episode, time]}
 
     def begin_episode(self, memory):
         """Takes the best K of the finished episodes in the list `memory` as the prompt."""
@@ -593,22 +591,23 @@ def evaluate(model, tasks, episodes, seed=0, context="own", memory=None):
     """
     c, device, was_training = model.config, model.state_mean.device, model.training
     env = make_vec(c.env, tasks) if isinstance(tasks, np.ndarray) else tasks
-    agent, memory = BACKBONES[c.mode](model.eval(), env.num_envs), [] if memory is None else memory
+    memory = [] if memory is None else memory
+    agent = BACKBONES[c.mode](model.eval(), env.num_envs)
     rng = torch.Generator(device).manual_seed(seed)
     for episode in range(episodes):
         agent.begin_episode([[part.roll(1, 0) for part in e] for e in memory] if context == "other" else memory)
-        states, steps = env.reset(seed=seed if episode == 0 else None)[0], []
+        observations, _ = env.reset(seed=seed if episode == 0 else None)
+        steps = []
         for t in range(model.horizon):
-            states = torch.as_tensor(states, dtype=torch.float32, device=device)
+            states = torch.as_tensor(observations, dtype=torch.float32, device=device)
             if context == "hidden":
                 agent.begin_episode([])
             mean, std = agent.act(states, t)
             std = std * (c.noise if memory else 1.0)
             actions = (mean + std * torch.randn(mean.shape, generator=rng, device=device)).clamp(-1, 1)
-            next_states, rewards, *_ = env.step(actions.float().cpu().numpy())
+            observations, rewards, *_ = env.step(actions.float().cpu().numpy())
             steps.append((states, actions, torch.as_tensor(rewards, dtype=torch.float32, device=device)))
             agent.observe(*steps[-1], t)
-            states = next_states
         memory.append([torch.stack(part, dim=1) for part in zip(*steps)])  # (N, T, ...)
     model.train(was_training)
     return torch.stack([rewards.sum(1) for _, _, rewards in memory[-episodes:]]).cpu().numpy()
@@ -656,7 +655,7 @@ def open_dataset(c):
     data = load(path)
     train, held_out = ~data["test"], data["test"]
     if c.val_tasks:
-        held_out = train & (np.cumsum(train[::-1])[::-1] <= c.val_tasks)  # the last ones of the training tasks
+        held_out = np.isin(np.arange(len(train)), np.flatnonzero(train)[-c.val_tasks :])  # the last training tasks
         train = train & ~held_out
     require(c.mode == "ad" or "expert_actions" in data, f"{path}: DPT needs `expert_actions`; --mode ad does without")
     E = data["rewards"].shape[1] - (c.mode == "dpt")  # one is left for DPT's queries
@@ -666,12 +665,13 @@ def open_dataset(c):
 
 def new_model(c, data, train):
     """A T2MIR whose sizes and state normalisation are those of the tasks in `train` (bool mask)."""
-    sizes = {"obs_dim": data["states"].shape[-1], "act_dim": data["actions"].shape[-1]}
-    sizes |= {"horizon": data["rewards"].shape[2], "num_tasks": int(train.sum())}
+    sizes = {"obs_dim": data["states"].shape[-1], "act_dim": data["actions"].shape[-1],
+             "horizon": data["rewards"].shape[2], "num_tasks": int(train.sum())}
     states = data["states"][train].reshape(-1, sizes["obs_dim"])
     mean, std = states.mean(0, dtype=np.float64), states.std(0, dtype=np.float64)
     scale = abs(states).max(0)  # a dimension that hardly moves is divided by its size, so that it is not blown up
-    std = np.where(std > 1e-5 * scale, std, np.where(scale > 0, scale, 1))
+    std = np.where(std > 1e-5 * scale, std, scale)
+    std[std == 0] = 1  # a dimension that is always 0
     model = T2MIR(c, sizes)
     model.state_mean, model.state_std = torch.tensor(np.stack([mean, std]), dtype=torch.float32)
     return model.to(c.device)
@@ -681,17 +681,16 @@ def new_optimizers(model):
     c, hidden = model.config, (Attention, Experts, nn.Sequential)
     matrices = {p: None for m in model.modules() if isinstance(m, hidden) for p in m.parameters()}  # an ordered set
     others = [p for p in model.parameters() if p.requires_grad and p not in matrices]
-    return [
-        torch.optim.Muon(matrices, c.lr, weight_decay=c.weight_decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, c.lr, betas=(0.9, 0.95), weight_decay=c.weight_decay, fused=c.device != "mps"),
-    ]
+    muon = torch.optim.Muon(matrices, c.lr, weight_decay=c.weight_decay, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(others, c.lr, betas=(0.9, 0.95), weight_decay=c.weight_decay, fused=c.device != "mps")
+    return [muon, adamw]
 
 def read_checkpoint(run, device="cpu"):
     """The checkpoint of a run's folder, or a checkpoint file itself, as a dict."""
     path = Path(run) if Path(run).suffix == ".pt" else Path(run) / "ckpt.pt"
     require(path.exists(), f"{path} is missing: name the folder of a run that has saved a checkpoint")
     saved = {}
-    with suppress(RuntimeError, OSError, EOFError, pickle.UnpicklingError):
+    with suppress(Exception):  # a damaged file can raise almost anything
         saved = torch.load(path, map_location=device, weights_only=True)
     fits = "fingerprint" in saved and saved["config"].keys() == {f.name for f in dataclasses.fields(Config)}
     require(fits, f"{path} is damaged, or of a Config with other fields")
@@ -769,21 +768,21 @@ def fit(model, learner, optimizers, x, state, folder, rank, evaluation):
         evaluating = done % c.eval_every == 0 or done == c.steps
         if not evaluating and done % 50:  # to read a loss is to wait for the GPU
             continue
-        means = {name: float(total) / (done - (log[-1]["step"] if log else 0)) for name, total in sums.items()}
+        means = {name: float(total) / (done - state["step"]) for name, total in sums.items()}
         require(math.isfinite(means["loss"]), f"the loss became non-finite before step {done}: try a smaller --lr")
         bar.set_postfix_str(f"loss {means['loss']:.4f}")
         if evaluating:
-            numbers = means | (evaluation() if rank == 0 else {})
-            seconds = time.perf_counter() - started
-            row = {"step": done, **{name: float(f"{value:.6g}") for name, value in numbers.items()}}
-            log.append(row | {"seconds": round(before + seconds)})
-            sums = defaultdict(float)
+            sums, state["step"] = defaultdict(float), done
         if evaluating and rank == 0:
-            state |= {"step": done, "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-            text = "\n".join(",".join(map(str, cells)) for cells in (log[0], *(row.values() for row in log)))
+            numbers = {name: float(f"{value:.6g}") for name, value in (means | evaluation()).items()}
+            seconds = time.perf_counter() - started
+            log.append({"step": done, **numbers, "seconds": round(before + seconds)})
+            state |= {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+            table = [log[0].keys(), *(row.values() for row in log)]
+            text = "\n".join(",".join(map(str, cells)) for cells in table)
             write_atomically(folder / "log.csv", lambda file: file.write(text.encode() + b"\n"))
             write_atomically(folder / "ckpt.pt", lambda file: torch.save(state, file))
-            said = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
+            said = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
             bar.write(f"step {done}/{c.steps}: {said}; {seconds / (done - first) * (c.steps - done):.0f} s left")
 
 def report(folder, model, data, tasks, x):
@@ -792,7 +791,7 @@ def report(folder, model, data, tasks, x):
     With a simulator: returns by episode in context and held-out task. Without one: held-out loss by steps of context.
     """
     c, more = model.config, {}
-    contexts = list(CONTROLS)[: 1 + min(2, tasks.sum())]  # with one task there is no other
+    contexts = list(CONTROLS) if tasks.sum() > 1 else ["own", "hidden"]  # with one task there is no other
     if data["simulator"]:
         result = {k: evaluate(model, data["tasks"][tasks], c.eval_episodes, seed=1, context=k) for k in contexts}
         amount, labels = np.arange(1, c.eval_episodes + 1), ("episode in context", "return in held-out tasks")
@@ -806,7 +805,8 @@ def report(folder, model, data, tasks, x):
         amount = np.array([seen[group].mean() for group in groups])
     write_atomically(folder / "result.npz", lambda file: np.savez(file, amount=amount, **result, **more))
     from matplotlib.figure import Figure  # here, because it is slow to import
-    ax = (fig := Figure(figsize=(5, 3.4), layout="tight")).subplots()
+    fig = Figure(figsize=(5, 3.4), layout="tight")
+    ax = fig.subplots()
     title = "mean score: 0 is a random agent, 1 the expert" if more else labels[1]
     print(f"{title}\n{labels[0] + ':':25}" + "".join(f"{n:7.0f}" for n in amount))
     for (context, y), color in zip(result.items(), ("C0", "C7", "C3")):  # (amounts, tasks)
