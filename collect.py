@@ -48,10 +48,10 @@ from envs import ENVS, make_vec, sample_tasks
 SAVE_EVERY = 300  # seconds between saves of an unfinished collection
 PROGRESS = {"unit": "round", "mininterval": 0.1 if sys.stderr.isatty() else 30}  # seconds: fewer lines in a log file
 
-# By default glibc returns large freed blocks to the system, and the page faults of new tensors cost a quarter of the
-# time of an update of 60 agents. M_TRIM_THRESHOLD and M_MMAP_THRESHOLD make it keep them.
-if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-    libc.mallopt(-1, 2**31 - 1), libc.mallopt(-3, 2**25)
+# Makes glibc keep large freed blocks: page faults of new tensors would cost a quarter of an update of 60 agents.
+if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+    ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
 
 # ---- Files: written atomically, used by one process at a time, checked when they are read ----------------------------
 class BadInput(ValueError):
@@ -91,9 +91,8 @@ def load(path):
     path = Path(path)
     require(path.exists(), f"{path} is missing: run collect.py, or write the arrays that are listed at its beginning")
     try:
-        fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
         with np.load(path, allow_pickle=False) as arrays:
-            data = dict(arrays)
+            data = dict(arrays, fingerprint=hashlib.sha256(path.read_bytes()).hexdigest())
     except Exception as error:  # a damaged file can raise almost anything
         raise BadInput(f"{path} is damaged or not a dataset ({str(error).splitlines()[0]})") from None
     for name in ("states", "actions", "rewards", "test"):
@@ -102,19 +101,20 @@ def load(path):
     sizes = dict(zip("NET", data["rewards"].shape), obs=data["states"].shape[-1], act=data["actions"].shape[-1])
     if family := ENVS.get(path.stem):
         sizes |= dict(T=family.horizon, obs=family.obs_dim, act=family.act_dim)
-    shapes = dict(states="N E T obs", rewards="N E T", test="N", guest="E", random_return="N", expert_return="N")
-    shapes |= dict.fromkeys(("actions", "expert_actions", "learner_actions"), "N E T act")
-    for name in shapes.keys() & data.keys():
+    shapes = dict(states="N E T obs", actions="N E T act", rewards="N E T", test="N", expert_actions="N E T act",
+                  learner_actions="N E T act", guest="E", random_return="N", expert_return="N")
+    types = dict(test=bool, guest=bool, random_return=np.float64, expert_return=np.float64)  # the others are float32
+    for name in [name for name in shapes if name in data]:
         x, shape = data[name], tuple(sizes[size] for size in shapes[name].split())
         require(x.shape == shape, f"{path}: `{name}` must have shape ({shapes[name]}) = {shape}, not {x.shape}")
         require(x.dtype.kind in "fiub", f"{path}: `{name}` must hold numbers, not {x.dtype}")
         require(np.isfinite(x).all(), f"{path}: `{name}` has non-finite values")
         inside = "actions" not in name or abs(x).max() <= 1 + 1e-6
         require(inside, f"{path}: `{name}` must lie in [-1, 1]: divide by the largest action of your robot")
-        data[name] = x.astype({"test": bool, "guest": bool}.get(name, np.float64 if "return" in name else np.float32))
+        data[name] = x.astype(types.get(name, np.float32))
     require(0 < data["test"].sum() < len(data["test"]), f"{path}: `test` must mark some of the tasks, but not all")
-    simulator = path.stem in ENVS and {"tasks", "random_return", "expert_return"} <= data.keys()
-    return {**data, "fingerprint": fingerprint, "simulator": simulator}
+    data["simulator"] = path.stem in ENVS and {"tasks", "random_return", "expert_return"} <= data.keys()
+    return data
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass
@@ -149,22 +149,20 @@ class Settings:
             native = self.device != "cpu" or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
             self.dtype = "bfloat16" if native else "float32"
         require(self.env in ENVS, f"unknown --env {self.env}: choose one of {', '.join(ENVS)}")
+        low, high = dict(seed=0, temperature=0), dict(gamma=0.9999, tau=1, history=1)
         for f in dataclasses.fields(self):
-            value, low = getattr(self, f.name), dict(seed=0, temperature=0).get(f.name, 1e-9)
-            high = dict(gamma=0.9999, tau=1, history=1).get(f.name, 1e99)
-            fits = f.type not in (int, float) or low <= value <= high
-            require(fits, f"--{f.name} {value} must lie between {low:g} and {high:g}")
+            if f.type in (int, float):
+                value, least, most = getattr(self, f.name), low.get(f.name, 1e-9), high.get(f.name, 1e99)
+                require(least <= value <= most, f"--{f.name} {value} must lie between {least:g} and {most:g}")
         learns = self.steps - self.steps % ENVS[self.env].horizon > self.random_steps
         require(learns, f"--steps {self.steps} leaves nothing to learn after --random_steps {self.random_steps}")
 
 # How these recipes were found: experiments/RESULTS.md. Point-Robot acts randomly for the first quarter of its run,
 # because an in-context agent also moves randomly when it meets a new task.
-MUJOCO = dict(hidden=128, batch=128, gamma=0.98, tau=0.05, random_steps=400, episodes=80, history=1.0)
-MUJOCO |= dict(train_tasks=45, test_tasks=15)
-PRESETS = {
-    "cheetah_vel": dict(MUJOCO, lr=3e-3, critic_norm=False, temperature=0.05, steps=24_000),
-    "walker_param": dict(MUJOCO, lr=2e-3, n_step=3, recency=4.0, temperature=0.2, steps=48_000),
-}
+MUJOCO = dict(hidden=128, batch=128, gamma=0.98, tau=0.05, random_steps=400, train_tasks=45, test_tasks=15,
+              episodes=80, history=1.0)
+PRESETS = {"cheetah_vel": dict(MUJOCO, lr=3e-3, critic_norm=False, temperature=0.05, steps=24_000),
+           "walker_param": dict(MUJOCO, lr=2e-3, n_step=3, recency=4.0, temperature=0.2, steps=48_000)}
 
 def pick_device(name):
     """The device called `name`; auto is cuda where there is one. Raises BadInput if torch cannot use it."""
@@ -206,7 +204,7 @@ class BatchedSAC(nn.Module):
     """
     def __init__(self, num, obs_dim, act_dim, s):
         super().__init__()
-        self.num, self.s, dtype = num, s, getattr(torch, s.dtype)
+        self.s, dtype = s, getattr(torch, s.dtype)
         self.actor = BatchedMLP(num, (obs_dim, s.hidden, s.hidden, 2 * act_dim), dtype=dtype)
         # Both critics of all agents are one batch of 2 * num networks.
         self.critic = BatchedMLP(2 * num, (obs_dim + act_dim, s.hidden, s.hidden, 1), s.critic_norm, dtype)
@@ -241,7 +239,7 @@ class BatchedSAC(nn.Module):
     def value(self, critic, states, actions):
         """Values of both critics, (2, num, B): (1 - gamma) times the discounted sum of rewards and entropy."""
         x = torch.cat([(states - self.mean) / self.std, actions], dim=-1)  # (num, B, obs_dim + act_dim)
-        return critic(x.repeat(2, 1, 1)).view(2, self.num, -1)
+        return critic(x.repeat(2, 1, 1)).view(2, len(states), -1)
 
     def update(self, states, actions, rewards, discounts, next_states, noise, policy=True):
         """One step of the critics, their targets and, if `policy`, the actors on a batch (num, B, ...).
@@ -249,11 +247,11 @@ class BatchedSAC(nn.Module):
         `next_states` lie n steps after `states`, `rewards` (num, B) are the discounted sums over these steps and
         `discounts` (num, B) gamma^n. `noise` (2, num, B, act_dim) is standard normal. Only the clock ends an episode.
         """
-        gamma, entropy_weight = self.s.gamma, (1 - self.s.gamma) * self.s.temperature
+        entropy_weight = (1 - self.s.gamma) * self.s.temperature
         with torch.no_grad():
             next_actions, log_prob = self.act(next_states, noise[0])
             next_value = self.value(self.target, next_states, next_actions).amin(0) - entropy_weight * log_prob
-            target = (1 - gamma) * rewards + discounts * next_value  # (num, B)
+            target = (1 - self.s.gamma) * rewards + discounts * next_value  # (num, B)
         loss = (self.value(self.critic, states, actions) - target).square().mean(-1).sum()
         self.critic_opt.zero_grad()
         loss.backward()
@@ -264,18 +262,19 @@ class BatchedSAC(nn.Module):
             self.actor_opt.zero_grad()
             loss.backward(inputs=list(self.actor.parameters()))  # the critics' gradients would be wasted
             self.actor_opt.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.target.parameters()), list(self.critic.parameters()), self.s.tau)
+        torch._foreach_lerp_(list(self.target.parameters()), [p.detach() for p in self.critic.parameters()], self.s.tau)
 
 @torch.no_grad()
 def average_return(name, tasks, agents, copies, seed, device):
     """Mean return of each task over `copies` episodes, (num_tasks,): noiseless `agents`, or random actions if None."""
     env = make_vec(name, np.repeat(tasks, copies, axis=0))
     rng = np.random.default_rng([seed, 1])  # a different stream from that of the start states
-    (states, _), returns = env.reset(seed=seed), 0
+    states, _ = env.reset(seed=seed)
+    returns = 0
     for _ in range(env.horizon):
-        actions = rng.uniform(-1, 1, env.action_space.shape)
-        if agents is not None:
+        if agents is None:
+            actions = rng.uniform(-1, 1, env.action_space.shape)
+        else:
             actions = agents.act(torch.as_tensor(states, device=device).view(len(tasks), copies, -1))[0].cpu().numpy()
         states, rewards, *_ = env.step(actions)
         returns = returns + rewards
@@ -286,8 +285,7 @@ def average_return(name, tasks, agents, copies, seed, device):
 class Collection:
     """All agents of one family, their environments and their histories, which are also their replay buffers.
 
-    In each round every copy runs one episode of T steps, stored as episode round * copies + copy of `states` (num,
-    episodes, T + 1, obs_dim), `actions`, `learner_actions` (num, episodes, T, act_dim) and `rewards`.
+    In each round every copy runs one episode of T steps, stored as episode round * copies + copy of each of `arrays`.
     """
     def __init__(self, s, num):
         family, self.s, self.num = ENVS[s.env], s, num
@@ -297,16 +295,12 @@ class Collection:
         torch.manual_seed(s.seed)
         self.agents = BatchedSAC(num, family.obs_dim, family.act_dim, s)
         self.rng, self.rounds, self.round = torch.Generator(self.device), s.steps // self.T, 0
-        shape = num, self.rounds * s.copies, self.T
-        self.states = torch.zeros(num, shape[1], self.T + 1, family.obs_dim, device=self.device)
-        self.actions, self.learner_actions = torch.zeros(2, *shape, family.act_dim, device=self.device)
-        self.rewards = torch.zeros(shape, device=self.device)
+        episodes = self.rounds * s.copies
+        self.states = torch.zeros(num, episodes, self.T + 1, family.obs_dim, device=self.device)
+        self.actions = torch.zeros(num, episodes, self.T, family.act_dim, device=self.device)
+        self.learner_actions = torch.zeros_like(self.actions)
+        self.rewards = torch.zeros(num, episodes, self.T, device=self.device)
         self.arrays = self.states, self.actions, self.learner_actions, self.rewards
-        # The copies differ. While actions are random, copy c repeats each of them for 2^c steps, which leads farther.
-        # Later the first copy acts without noise, the others sample, and in the last one a guest acts, the agent of
-        # another task: a slow cheetah never runs by itself, so only a guest can show it how to slow down.
-        copy_index = torch.arange(s.copies, device=self.device)[:, None]
-        self.repeat, self.noisy = 2**copy_index, (copy_index > 0) | (s.copies < 3)  # (copies, 1) each
 
     def run_round(self):
         """T steps of every copy and, after the random steps, one update of every agent in each of them."""
@@ -318,21 +312,25 @@ class Collection:
         states, actions, learner, rewards = (x[:, episodes] for x in self.arrays)  # (num, c, T, ...)
         states[:, :, 0] = torch.as_tensor(observations, device=self.device).view(num, c, -1)
         copies = torch.arange(c, device=self.device)
-        acts_in = torch.arange(num, device=self.device)[:, None].repeat(1, c)  # [agent, copy] -> task
-        if c > 1:  # guests visit tasks of their own split
+        repeat = 2 ** copies[:, None]  # (c, 1): steps for which a copy repeats each random action, which leads farther
+        noisy = (copies[:, None] > 0) | (c < 3)  # (c, 1): later the first of three or more copies acts without noise
+        # In the last of several copies a guest acts, the agent of another task of the split: a slow cheetah never runs
+        # by itself, so only a guest can show it how to slow down.
+        host = torch.arange(num, device=self.device)[:, None].repeat(1, c)  # agent a acts in copy c of task host[a, c]
+        if c > 1:
             train = min(num, s.train_tasks)
-            visits = [torch.randperm(n, device=self.device, generator=self.rng) for n in (train, num - train)]
-            acts_in[:, -1] = torch.cat([visits[0], visits[1] + train])
+            host[:train, -1] = torch.randperm(train, device=self.device, generator=self.rng)
+            host[train:, -1] = torch.randperm(num - train, device=self.device, generator=self.rng) + train
         for t in range(T):
             step = self.round * T + t
             with torch.no_grad():
                 learner[:, :, t] = self.agents.act(states[:, :, t])[0]
                 if step < s.random_steps:
                     new = torch.rand(num, c, actions.shape[-1], device=self.device, generator=self.rng) * 2 - 1
-                    actions[:, :, t] = torch.where(t % self.repeat == 0, new, actions[:, :, t - 1])
+                    actions[:, :, t] = torch.where(t % repeat == 0, new, actions[:, :, t - 1])
                 else:
                     noise = torch.randn(num, c, actions.shape[-1], device=self.device, generator=self.rng)
-                    actions[acts_in, copies, t] = self.agents.act(states[acts_in, copies, t], noise * self.noisy)[0]
+                    actions[host, copies, t] = self.agents.act(states[host, copies, t], noise * noisy)[0]
             to_simulator = actions[:, :, t].reshape(num * c, -1).cpu().numpy()
             if step >= s.random_steps:  # queued before the simulator runs, so that a GPU learns meanwhile
                 self.agents.update(*self.sample(step), policy=step % 2 == 0)
@@ -352,22 +350,22 @@ class Collection:
         """
         s, shape = self.s, (self.num, self.s.batch)
         row = torch.arange(self.num, device=self.device)[:, None]
-        when = torch.randint(step, shape, device=self.device, generator=self.rng)
+        age = step - torch.randint(step, shape, device=self.device, generator=self.rng)  # uniform from 1 to `step`
         which_copy = torch.randint(s.copies, shape, device=self.device, generator=self.rng)
         noise = torch.randn(2, *shape, self.actions.shape[-1], device=self.device, generator=self.rng)
-        when = step - (step * ((step - when) / step) ** s.recency).round().long().clamp(min=1)
+        age = (step * (age / step) ** s.recency).round().long().clamp(min=1)
+        when = step - age
         i, t = when // self.T * s.copies + which_copy, when % self.T  # episode, step of the episode
-        stored = torch.where(when // self.T == step // self.T, step % self.T, self.T)  # steps of that episode so far
-        n = (stored - t).clamp(max=s.n_step)  # (num, B)
-        k = torch.arange(s.n_step, device=self.device)
-        ahead = self.rewards[row[..., None], i[..., None], (t[..., None] + k).clamp(max=self.T - 1)]  # (num, B, n_step)
-        rewards = (ahead * s.gamma**k * (k < n[..., None])).sum(-1)
+        n = torch.minimum(age, self.T - t).clamp(max=s.n_step)  # (num, B): up to the newest step or the episode's end
+        k = torch.arange(s.n_step, device=self.device)[:, None, None]
+        ahead = self.rewards[row, i, (t + k).clamp(max=self.T - 1)]  # (n_step, num, B)
+        rewards = (ahead * s.gamma**k * (k < n)).sum(0)
         return self.states[row, i, t], self.actions[row, i, t], rewards, s.gamma**n, self.states[row, i, t + n], noise
 
     def save(self, path):
         content = dict(settings=dataclasses.asdict(self.s), round=self.round, agents=self.agents.state_dict())
         content["optim"] = [self.agents.actor_opt.state_dict(), self.agents.critic_opt.state_dict()]
-        content["history"] = [x[:, : self.round * self.s.copies].clone() for x in self.arrays]
+        content["history"] = [x[:, : self.round * self.s.copies].clone() for x in self.arrays]  # a view is saved whole
         write_atomically(path, lambda file: torch.save(content, file))
 
     def restore(self, path):
@@ -381,7 +379,7 @@ class Collection:
         self.agents.load_state_dict(saved["agents"])
         for optimizer, state in zip((self.agents.actor_opt, self.agents.critic_opt), saved["optim"]):
             optimizer.load_state_dict(state)
-            optimizer.param_groups[0]["lr"] = self.agents.lr
+            optimizer.param_groups[0]["lr"] = self.agents.lr  # the shared tensor, of which load_state_dict made a copy
         self.round = saved["round"]
 
 def collect(name, **settings):
@@ -398,8 +396,9 @@ def collect(name, **settings):
         if part.exists():
             run.restore(part)
             print(f"continuing from round {run.round} of {run.rounds}, found in {part}")
-        saved, left = time.time(), range(run.round, run.rounds)
-        for _ in (bar := tqdm(left, f"collect {name}", run.rounds, initial=run.round, **PROGRESS)):
+        bar = tqdm(range(run.round, run.rounds), f"collect {name}", run.rounds, initial=run.round, **PROGRESS)
+        saved = time.time()
+        for _ in bar:
             returns = run.run_round()
             require(returns.isfinite().all(), f"a return became non-finite in round {run.round}: try a smaller --lr")
             bar.set_postfix_str(f"return {returns.mean():.1f}, from {returns.min():.1f} to {returns.max():.1f}", False)
@@ -421,17 +420,18 @@ def select(run):
     """The arrays of the dataset: episodes evenly spaced over the history's rounds, taken from the copies in turn."""
     s, rounds = run.s, max(1, int(run.rounds * run.s.history))
     j = np.arange(min(s.episodes, rounds * s.copies))
-    stored = j * rounds // len(j) * s.copies + j % s.copies
+    which_round, which_copy = j * rounds // len(j), j % s.copies
+    stored = which_round * s.copies + which_copy
     names = "states", "actions", "learner_actions", "rewards"
     arrays = {name: x[:, stored, : run.T].cpu().numpy() for name, x in zip(names, run.arrays)}  # (N, E, T, ...)
     expert_actions = run.agents.act(run.states[:, stored, : run.T].flatten(1, 2))[0]
     arrays["expert_actions"] = expert_actions.cpu().numpy().reshape(arrays["actions"].shape)
-    guest = (stored % s.copies == s.copies - 1) & (s.copies > 1) & ((stored // s.copies + 1) * run.T > s.random_steps)
+    guest = (which_copy == s.copies - 1) & (s.copies > 1) & ((which_round + 1) * run.T > s.random_steps)
     versions = {name: version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
     info = json.dumps({"settings": dataclasses.asdict(s), "versions": versions})
     arrays |= dict(tasks=run.tasks, test=np.arange(run.num) >= s.train_tasks, guest=guest, info=info)
-    for kind, agents in (("random", None), ("expert", run.agents)):
-        arrays[f"{kind}_return"] = average_return(s.env, run.tasks, agents, 20, s.seed + 1, run.device)
+    arrays["random_return"] = average_return(s.env, run.tasks, None, 20, s.seed + 1, run.device)
+    arrays["expert_return"] = average_return(s.env, run.tasks, run.agents, 20, s.seed + 1, run.device)
     return arrays
 
 def main():

@@ -19,8 +19,6 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from mujoco.rollout import Rollout
 
-PHYSICS = mujoco.mjtState.mjSTATE_FULLPHYSICS  # what MuJoCo needs to go on from a moment: time, qpos, qvel
-
 
 class TaskVec(VectorEnv):
     """All sub-environments of one family, stepped together; each child says how states start, move and are seen.
@@ -66,7 +64,8 @@ class TaskVec(VectorEnv):
 class PointRobot(TaskVec):
     """A point walks to a goal that it is not shown; a task is the goal's position (x, y) in [-1, 1]^2."""
 
-    id, obs_dim, act_dim, task_dim, horizon = "t2mir/PointRobot-v0", 2, 2, 2, 20
+    id, horizon = "t2mir/PointRobot-v0", 20
+    obs_dim, act_dim, task_dim = 2, 2, 2
 
     @staticmethod
     def draw_tasks(rng, num_tasks):
@@ -118,7 +117,7 @@ class MujocoVec(TaskVec):
         return [self.model] * self.num_envs
 
     def pack(self, qpos, qvel):
-        """Physical states, time zero, from qpos (num_envs, nq) and qvel (num_envs, nv)."""
+        """States (time, qpos, qvel), as `Rollout` needs them, at time 0: qpos (num_envs, nq), qvel (num_envs, nv)."""
         return np.concatenate([np.zeros((self.num_envs, 1)), qpos, qvel], axis=1)
 
     @property
@@ -142,7 +141,7 @@ class MujocoVec(TaskVec):
         if self.renderer is None:
             self.renderer = mujoco.Renderer(self.models[0], 256, 256)
         data = mujoco.MjData(self.models[0])
-        mujoco.mj_setState(self.models[0], data, self.state[0], PHYSICS)
+        data.qpos, data.qvel = self.qpos[0], self.qvel[0]
         mujoco.mj_forward(self.models[0], data)
         self.renderer.update_scene(data, camera="track")
         return self.renderer.render()
@@ -156,7 +155,8 @@ class MujocoVec(TaskVec):
 class CheetahVel(MujocoVec):
     """HalfCheetah runs at a velocity that it is not told; a task is that target velocity in [0, 3] m/s."""
 
-    id, obs_dim, act_dim, task_dim, horizon = "t2mir/CheetahVel-v0", 20, 6, 1, 200
+    id, horizon = "t2mir/CheetahVel-v0", 200
+    obs_dim, act_dim, task_dim = 20, 6, 1
     xml, frame_skip = "half_cheetah.xml", 5
 
     @staticmethod
@@ -168,9 +168,8 @@ class CheetahVel(MujocoVec):
         return self.pack(qpos, 0.1 * rng.standard_normal((self.num_envs, self.model.nv)))
 
     def observe(self):
-        # The torso's position follows from its two slides: (x, 0, 0.7 + z); 0.7 m is its height in the model.
-        torso = self.qpos[:, :1] * [1, 0, 0] + self.qpos[:, 1:2] * [0, 0, 1] + [0, 0, 0.7]
-        return np.concatenate([self.qpos[:, 1:], self.qvel, torso], axis=1)
+        x, z = self.qpos[:, 0], self.qpos[:, 1]  # the torso is at (x, 0, 0.7 + z): 0.7 m is its height in the model
+        return np.column_stack([self.qpos[:, 1:], self.qvel, x, np.zeros_like(x), 0.7 + z])
 
     def advance(self, actions):
         velocity = self.simulate(actions)
@@ -184,7 +183,8 @@ class WalkerParam(MujocoVec):
     dampings (9), each 1.3^U[-3, 3]. A row of ones is gymnasium's Walker2d-v5 itself.
     """
 
-    id, obs_dim, act_dim, task_dim, horizon = "t2mir/WalkerParam-v0", 17, 6, 65, 200
+    id, horizon = "t2mir/WalkerParam-v0", 200
+    obs_dim, act_dim, task_dim = 17, 6, 65
     xml, frame_skip = "walker2d_v5.xml", 4
     fields = ("body_mass", "body_inertia", "geom_friction", "dof_damping")
 
@@ -242,7 +242,7 @@ class TaskEnv(gymnasium.Env):
 
     def __init__(self, name, task=None, render_mode=None):
         task = sample_tasks(name, 1, seed=0)[0] if task is None else task
-        self.vec = make_vec(name, np.asarray(task, dtype=np.float64)[None], threads=1)
+        self.vec = make_vec(name, [task], threads=1)
         self.observation_space, self.action_space = self.vec.single_observation_space, self.vec.single_action_space
         self.render_mode = render_mode
 
@@ -252,7 +252,7 @@ class TaskEnv(gymnasium.Env):
         return observation[0], info
 
     def step(self, action):
-        observation, reward, terminated, truncated, info = self.vec.step(np.asarray(action)[None])
+        observation, reward, terminated, truncated, info = self.vec.step(action)
         return observation[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
 
     def render(self):

@@ -50,11 +50,6 @@ data45() {
     [ -f data45/point_robot.npz ] || python experiments/subset.py data1000/point_robot.npz --out data45 --train-tasks 45
 }
 
-data_half() { # early, late or mixed half of the episodes
-    data point_robot
-    [ -d "data_$1" ] || python experiments/subset.py data/point_robot.npz --out "data_$1" --episodes "$1"
-}
-
 ablations() { # BACKBONE, NAME, VARIANTS' SEEDS and flags: the pairs NAME against T2MIR without one of its parts
     backbone=$1 agent=$2 seeds=$3
     shift 3
@@ -86,6 +81,10 @@ steps) # 215 minutes
 width) # 19 minutes
     data1000
     pairs "DPT, 1,000 tasks: 2,500 steps, width 16" point_robot1000-d16 "0 1 2 3 4" 400 --data data1000 --d-model 16 ;;
+paper) # 640 minutes: the paper's sizes and length
+    data45
+    flags="--d-model 128 --n-heads 8 --dropout 0.05 --lr 3e-4 --warmup 10000 --steps 100000 --eval-every 5000"
+    pairs "DPT, 45 tasks: 100,000 steps, width 128" point_robot45-paper "0" 400 --data data45 $flags ;;
 ad) # 98 minutes
     data point_robot
     pairs "AD, 200 tasks: 12,000 steps" point_robot-ad "0 1 2" 400 --mode ad --eval-episodes 30 ;;
@@ -117,13 +116,13 @@ experts) # 63 minutes after `steps` and `tasks`
         against "$other, 45 tasks: $1 and $2" point_robot45 "experts$1" "0 1 2" --data data45 $experts
     done ;;
 quality) # 43 minutes
+    data point_robot
     for half in early late mixed; do
-        data_half $half
+        [ -d data_$half ] || python experiments/subset.py data/point_robot.npz --out data_$half --episodes $half
         pairs "DPT, 1,000 steps: $half half" "point_robot-$half" "0 1 2" 400 --data "data_$half" --steps 1000
     done
     pairs "DPT, 2,500 steps: early half" point_robot-early-2500 "0 1 2" 400 --data data_early ;;
-ad-quality) # 35 minutes
-    data_half early
+ad-quality) # 35 minutes after `quality`
     pairs "AD, 3,000 steps: early half" point_robot-early-ad "0 1 2 3 4" 400 --data data_early $ad ;;
 defaults) # 10 minutes after `pairs`, `ad`, `cheetah` and `walker`
     agents="point_robot-dpt point_robot-ad cheetah_vel-dpt cheetah_vel-ad walker_param-dpt walker_param-ad"
