@@ -122,8 +122,10 @@ quality) # 43 minutes
         pairs "DPT, 1,000 steps: $half half" "point_robot-$half" "0 1 2" 400 --data "data_$half" --steps 1000
     done
     pairs "DPT, 2,500 steps: early half" point_robot-early-2500 "0 1 2" 400 --data data_early ;;
-ad-quality) # 35 minutes after `quality`
-    pairs "AD, 3,000 steps: early half" point_robot-early-ad "0 1 2 3 4" 400 --data data_early $ad ;;
+ad-quality) # 70 minutes after `quality`
+    for half in early late; do
+        pairs "AD, 3,000 steps: $half half" "point_robot-$half-ad" "0 1 2 3 4" 400 --data "data_$half" $ad
+    done ;;
 defaults) # 10 minutes after `pairs`, `ad`, `cheetah` and `walker`
     agents="point_robot-dpt point_robot-ad cheetah_vel-dpt cheetah_vel-ad walker_param-dpt walker_param-ad"
     python experiments/figures.py $(for a in $agents; do runs $a "0 1 2" && runs $a-dense "0 1 2"; done) --out figures
