@@ -5,8 +5,8 @@
 Paper: Wu et al., "Mixture-of-Experts Meets In-Context Reinforcement Learning", NeurIPS 2025, arXiv 2506.05426.
 Equations (1) to (6) are numbered where they are computed. What this model does that a plain transformer does not:
 - a step is three tokens (state, action, reward), embedded separately, plus an embedding of the time in the episode;
-- in some blocks the feed-forward layer is two mixtures of experts side by side: the token-wise one routes each token by
-  itself, the task-wise one by the mean of all tokens so far, that is, by its task;
+- in some blocks the feed-forward layer is two mixtures of experts (MoE). In each a router sends a token to k of E small
+  networks, the experts: the token-wise router by the token itself, the task-wise one by the mean of all tokens so far;
 - the task router is trained as a task encoder: InfoNCE pulls two sequences of one task together;
 - the context is causal; behind it stand queries, states in which an action is predicted, all in parallel. Each query
   sees a prefix of the context and itself, and the context sees no query, so one context serves many predictions.
@@ -18,7 +18,7 @@ Equations (1) to (6) are numbered where they are computed. What this model does 
         -------------------------                  ^          second, running episode; each sees what was before it:
         -------------------------------               ^       the finished episode and the earlier steps of its own
 
-    DPT: K episodes as the prompt, and as queries states of the task's other episodes.
+    DPT: K episodes as the prompt, and as queries states of other episodes. The expert is the task's own RL agent.
 
         s a r s a r s a r s a r | q1 q2 q3      L_action: each query predicts the expert's action in its state
         -----------               ^             q1 sees two steps of the prompt and itself
@@ -26,8 +26,8 @@ Equations (1) to (6) are numbered where they are computed. What this model does 
                                         ^       q3 sees itself only
 
     B sequences in a batch             K episodes in a context (config.context)     D, d  d_model, width of a token
-    L tokens in a sequence             S steps in a context, three tokens each      E     experts, of which k (top_k)
-    T steps in an episode (horizon)    Q queries behind a context                         compute a token
+    L tokens in a sequence             S steps in a context, three tokens each      E, k  experts; top_k compute a token
+    T steps in an episode (horizon)    Q queries behind a context                   N, E  in a dataset: tasks, episodes
 """
 
 import argparse
@@ -57,7 +57,7 @@ from envs import ENVS, make_vec
 # ---- Config ----------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Config:
-    """Everything that a run depends on; each field is a flag. PRESETS has what differs by environment and backbone."""
+    """Everything that a run depends on; each field is a flag. BY_MODE and PRESETS change some of the defaults."""
     env: str = "point_robot"  # task family, or the name of a dataset of your own: data/ENV.npz
     mode: Literal["ad", "dpt"] = "dpt"  # backbone: Algorithm Distillation or Decision-Pretrained Transformer
     d_model: int = 64  # model: width of a token (d)
@@ -71,7 +71,7 @@ class Config:
     token_moe: bool = True  # MoE: the token-wise MoE; with neither MoE the agent is plain AD or DPT
     task_moe: bool = True  # MoE: the task-wise MoE; an MoE that stands alone takes the full width
     w_imp: float = 0.01  # MoE: weight of the importance term of the balance loss
-    w_load: float = 0.01  # MoE: weight of the load term of the balance loss
+    w_load: float = 0.01  # MoE: weight of the load term of the balance loss, which keeps all token-wise experts in use
     w_con: float = 0.01  # MoE: weight of the InfoNCE loss
     momentum: float = 0.005  # MoE: fraction by which the key router follows the task router in each step
     context: int = 4  # context: episodes, with the running one in AD (K)
@@ -202,8 +202,8 @@ class Routing(NamedTuple):
 class MoE(nn.Module):
     """A router, which chooses `config.top_k` of `num_experts` experts for each token, and these experts.
 
-    A `noisy` router adds noise to its logits while training. A token then also tries experts that it would not choose,
-    and how likely it chooses each one, its part of the load (2), has a gradient.
+    A `noisy` router adds noise to its logits while training. So a token also tries experts that just miss the top k,
+    and the probability that it chooses an expert has a gradient; over all tokens its sum is the expert's load (2).
     """
     def __init__(self, c, num_experts, hidden, d_out, noisy):
         super().__init__()
@@ -227,7 +227,7 @@ class MoE(nn.Module):
 
     def forward(self, h, routed_by, select=slice(None)):
         """h, routed_by (B, L, d_model) -> y (B, l, d_out) of the tokens h[:, select], and the Routing of all tokens."""
-        routing = self.route(routed_by)
+        routing = self.route(routed_by)  # of all tokens: the losses and the log also count those that skip the experts
         return self.experts(h[:, select], routing.gates[:, select], routing.chosen[:, select]), routing
 
 class TokenMoE(MoE):
@@ -248,13 +248,13 @@ class TaskMoE(MoE):
         self.W = nn.Parameter(torch.eye(len(self.router.weight)))  # bilinear score of InfoNCE
 
     def contrast(self, z, h_mean, task_ids):
-        """InfoNCE loss (4) of the logits z (B, E), with keys of h_mean (B, d_model), which carry no gradient."""
+        """InfoNCE (4) of the logits z (B, E) with keys, which the key router makes of h_mean (B, d_model), detached."""
         with torch.autocast(z.device.type, enabled=False):
             return info_nce(z, self.key_router(h_mean.detach()), self.W, task_ids)
 
     @torch.no_grad()
     def update_key_router(self):
-        """Momentum (EMA) update of the key router, after each training step."""
+        """Moves the key router a little towards the router after each training step (1 - momentum is the m of MoCo)."""
         self.key_router.weight.lerp_(self.router.weight, self.momentum)
 
 def prefix_mean(h, prefix=None, past_sum=0.0, past=0):  # past_sum (B, 1, d_model), the sum over the `past` tokens
@@ -272,7 +272,7 @@ def prefix_mean(h, prefix=None, past_sum=0.0, past=0):  # past_sum (B, 1, d_mode
 
 # ---- Losses ----------------------------------------------------------------------------------------------------------
 def cv_squared(x):
-    """Squared coefficient of variation, variance / mean^2, of a vector (E,)."""
+    """Squared coefficient of variation, variance / mean^2, of a vector (E,): 0 if all experts have the same share."""
     return x.var(correction=0) / (x.mean() ** 2 + 1e-10)
 
 def load_probability(clean, noisy, sigma, k):
@@ -302,7 +302,7 @@ def info_nce(z, k, W, task_ids):
 def neg_log_prob(actions, mean, log_std):
     """-log P of actions under a Gaussian policy, up to a constant, for each action dimension: (..., act_dim).
 
-    Where targets have no noise, the deviation is what the agent does not know: it explores until it knows its task.
+    Where targets have no noise, the deviation says how little the agent knows of its task; sampling then explores.
     """
     return ((actions - mean) * (-log_std).exp()).square() / 2 + log_std
 
@@ -492,10 +492,10 @@ def tensors(data, tasks, device):
 class AD:
     """Algorithm Distillation (Laskin et al. 2023) imitates a learning agent and continues the improvement it sees.
 
-    The context is 0 to K - 1 finished episodes of a task's learning history, mostly bad ones, and a running one of its
-    last quarter (at most of the last 40 episodes), whose states are the queries. Half of the running episodes are a
-    guest's, another task's agent, if there are targets for it: what the learner would have done in the guest's states.
-    From a learner's own past actions its next one could be guessed without the finished episodes.
+    The context is 0 to K - 1 finished episodes of a task's learning history, mostly bad ones, and a running one, whose
+    states are the queries, out of its last 40 (at most its last quarter). In half of the running ones a guest acted,
+    another task's agent, if `learner_actions` say what the learner, the task's own agent, would have done there. Why
+    guests: from a learner's own past actions its next one can be guessed without a look at the finished episodes.
     """
     @staticmethod
     def batch(c, x, step, size, remembered=None):
@@ -512,7 +512,7 @@ class AD:
         own = x["own"][torch.randint(len(x["own"]), (size, 1), device=device)]
         guest = x["guests"][torch.randint(len(x["guests"]), (size, 1), device=device)]
         running = torch.where(torch.rand(size, 1, device=device) < 0.5, guest, own)  # (B, 1)
-        # The n of lowest rank are drawn. Below 1: the r worst, r uniform. From 1: the better. From 2: the running one.
+        # Draws n of the r worst, r random; if r < n, better ones too (rank + 1); never the running one (rank + 2).
         too_good = torch.arange(E, device=device) >= torch.rand(size, 1, device=device) * E  # (B, E), by return
         rank = torch.rand(size, E, device=device) + too_good + 2 * (x["by_return"][task] == running)
         place = rank.topk(n, largest=False).indices.sort(dim=1).values
@@ -584,7 +584,7 @@ CONTROLS = {"own": "own context", "hidden": "context hidden", "other": "context 
 # ---- Acting in context -----------------------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(model, tasks, episodes, seed=0, context="own", memory=None):
-    """Acts in `tasks` (N, task_dim) or a Gymnasium vector environment, without weight updates; returns (episodes, N).
+    """Acts in `tasks` (N, task_dim) or a Gymnasium vector environment, without weight updates -> returns (episodes, N).
 
     Controls: "other" gives each task the episodes of the one before, "hidden" empties the context before each action.
     The list `memory` holds finished episodes, (states, actions, rewards), each (N, T, ...); the agent adds its own.
@@ -616,7 +616,7 @@ def evaluate(model, tasks, episodes, seed=0, context="own", memory=None):
 def held_out_loss(model, x, context="own", batches=20):
     """For each of n predictions in the arrays `x`, the steps of context that it sees, (n,), and its -log P, (n,).
 
-    The agent is in evaluation mode, the random stream is fixed, and `context` is as in `evaluate`.
+    The agent is in evaluation mode, the random stream is fixed. `context`: as in `evaluate`; "hidden" hides the steps.
     """
     c, was_training, seen, losses = model.config, model.training, [], []
     backbone, size = BACKBONES[c.mode], min(max(4, c.batch), 2 * len(x["rewards"]))
@@ -677,7 +677,7 @@ def new_model(c, data, train):
     return model.to(c.device)
 
 def new_optimizers(model):
-    """Muon (Jordan et al. 2024), which is for hidden matrices: attention, experts, dense layers. AdamW for the rest."""
+    """Muon (Jordan et al. 2024), orthogonal updates of the size of AdamW's, for hidden matrices; AdamW for the rest."""
     c, hidden = model.config, (Attention, Experts, nn.Sequential)
     matrices = {p: None for m in model.modules() if isinstance(m, hidden) for p in m.parameters()}  # an ordered set
     others = [p for p in model.parameters() if p.requires_grad and p not in matrices]
