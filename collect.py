@@ -2,7 +2,7 @@
 
     python collect.py --env point_robot
 
-Every network has a leading agent dimension, so 60 agents cost one set of kernels and no code loops over tasks.
+Every network has a leading agent dimension, so one call computes all 250 agents (60 on MuJoCo), without a loop.
 The file holds N tasks with E stored episodes of T steps each, in any type of number; float32 is what is used:
 
     states           (N, E, T, obs_dim)   E whole episodes in the order in which the agent experienced them
@@ -12,7 +12,7 @@ The file holds N tasks with E stored episodes of T steps each, in any type of nu
     expert_actions   (N, E, T, act_dim)   what the trained agent does in `states`, without noise: DPT's targets
     learner_actions  (N, E, T, act_dim)   what the agent of that moment would have done, without noise: AD's targets,
                                           which are `actions` where this array is missing
-    guest            (E,) bool            episodes in which the agent of another task acted
+    guest            (E,) bool            episodes in which the agent of a random task acted, mostly another one
     tasks            (N, task_dim)        float64, one row per task, see envs.py
     random_return    (N,) float64         mean return of uniformly random actions: a score of 0
     expert_return    (N,) float64         mean return of the trained agent without noise: a score of 1
@@ -94,34 +94,35 @@ def load(path):
         with np.load(path, allow_pickle=False) as arrays:
             data = dict(arrays, fingerprint=hashlib.sha256(path.read_bytes()).hexdigest())
     except Exception as error:  # a damaged file can raise almost anything
-        raise BadInput(f"{path} is damaged or not a dataset ({str(error).splitlines()[0]})") from None
-    for name in ("states", "actions", "rewards", "test"):
-        require(name in data, f"{path} has no array `{name}`: collect.py begins with the list of arrays")
-    require(data["rewards"].ndim == 3, f"{path}: `rewards` must have shape (N E T), not {data['rewards'].shape}")
-    sizes = dict(zip("NET", data["rewards"].shape), obs=data["states"].shape[-1], act=data["actions"].shape[-1])
-    if family := ENVS.get(path.stem):
-        sizes |= dict(T=family.horizon, obs=family.obs_dim, act=family.act_dim)
+        raise BadInput(f"{path} is damaged or not a dataset ({(str(error) or repr(error)).splitlines()[0]})") from None
     shapes = dict(states="N E T obs", actions="N E T act", rewards="N E T", test="N", expert_actions="N E T act",
                   learner_actions="N E T act", guest="E", random_return="N", expert_return="N")
-    types = dict(test=bool, guest=bool, random_return=np.float64, expert_return=np.float64)  # the others are float32
+    for name in ("states", "actions", "rewards", "test"):
+        require(name in data, f"{path} has no array `{name}`: collect.py begins with the list of arrays")
+        x, full = data[name], data[name].size > 0 and data[name].ndim == len(shapes[name].split())
+        require(full, f"{path}: `{name}` must have shape ({shapes[name]}), all at least 1, not {x.shape}")
+    sizes = dict(zip("NET", data["rewards"].shape), obs=data["states"].shape[-1], act=data["actions"].shape[-1])
+    if family := ENVS.get(path.stem):
+        sizes |= dict(T=family.horizon, obs=family.obs_dim, act=family.act_dim, task=family.task_dim)
+        shapes["tasks"] = "N task"
+    types = dict(test=bool, guest=bool, tasks=float, random_return=float, expert_return=float)  # the others are float32
     for name in [name for name in shapes if name in data]:
         x, shape = data[name], tuple(sizes[size] for size in shapes[name].split())
         require(x.shape == shape, f"{path}: `{name}` must have shape ({shapes[name]}) = {shape}, not {x.shape}")
         require(x.dtype.kind in "fiub", f"{path}: `{name}` must hold numbers, not {x.dtype}")
-        require(np.isfinite(x).all(), f"{path}: `{name}` has non-finite values")
-        inside = "actions" not in name or abs(x).max() <= 1 + 1e-6
+        require((largest := float(abs(x).max())) < 3e38, f"{path}: `{name}` has non-finite values in float32")
+        inside = "actions" not in name or largest <= 1 + 1e-6
         require(inside, f"{path}: `{name}` must lie in [-1, 1]: divide by the largest action of your robot")
         data[name] = x.astype(types.get(name, np.float32))
     require(0 < data["test"].sum() < len(data["test"]), f"{path}: `test` must mark some of the tasks, but not all")
-    data["simulator"] = path.stem in ENVS and {"tasks", "random_return", "expert_return"} <= data.keys()
-    return data
+    return data | {"simulator": path.stem in ENVS and {"tasks", "random_return", "expert_return"} <= data.keys()}
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Settings:
     """What a collection depends on. PRESETS has what differs by environment."""
     env: str = "point_robot"  # task family: a name in ENVS
-    steps: int = 3_300  # environment steps of each copy; after the random steps, one update per step
+    steps: int = 3_300  # environment steps of each copy (whole episodes); after the random steps, one update per step
     copies: int = 4  # copies of its environment in which each agent acts
     hidden: int = 64  # width of the two hidden layers of actor and critics
     batch: int = 64  # transitions in an update of one agent
@@ -145,15 +146,14 @@ class Settings:
     def __post_init__(self):
         self.device = pick_device(self.device)
         if self.dtype == "auto":  # bfloat16 where the hardware has instructions for its matrix products
-            cpu = torch.cpu.get_capabilities()
-            native = self.device != "cpu" or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-            self.dtype = "bfloat16" if native else "float32"
+            cpu, gpu = torch.cpu.get_capabilities(), self.device != "cpu"
+            self.dtype = "bfloat16" if gpu or cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "float32"
         require(self.env in ENVS, f"unknown --env {self.env}: choose one of {', '.join(ENVS)}")
-        low, high = dict(seed=0, temperature=0), dict(gamma=0.9999, tau=1, history=1)
+        low, high = dict(seed=0, temperature=0), dict(gamma=0.9999, tau=1, history=1, copies=62, seed=10**12)
         for f in dataclasses.fields(self):
             if f.type in (int, float):
-                value, least, most = getattr(self, f.name), low.get(f.name, 1e-9), high.get(f.name, 1e99)
-                require(least <= value <= most, f"--{f.name} {value} must lie between {least:g} and {most:g}")
+                x, least, most = getattr(self, f.name), low.get(f.name, f.type is int or 1e-9), high.get(f.name, 1e99)
+                require(least <= x <= most, f"--{f.name} {x} must lie between {least:g} and {most:g}")
         learns = self.steps - self.steps % ENVS[self.env].horizon > self.random_steps
         require(learns, f"--steps {self.steps} leaves nothing to learn after --random_steps {self.random_steps}")
 
@@ -245,7 +245,7 @@ class BatchedSAC(nn.Module):
         """One step of the critics, their targets and, if `policy`, the actors on a batch (num, B, ...).
 
         `next_states` lie n steps after `states`, `rewards` (num, B) are the discounted sums over these steps and
-        `discounts` (num, B) gamma^n. `noise` (2, num, B, act_dim) is standard normal. Only the clock ends an episode.
+        `discounts` (num, B) gamma^n. `noise` (2, num, B, act_dim) is standard normal. No state is terminal, so no mask.
         """
         entropy_weight = (1 - self.s.gamma) * self.s.temperature
         with torch.no_grad():
@@ -272,9 +272,8 @@ def average_return(name, tasks, agents, copies, seed, device):
     states, _ = env.reset(seed=seed)
     returns = 0
     for _ in range(env.horizon):
-        if agents is None:
-            actions = rng.uniform(-1, 1, env.action_space.shape)
-        else:
+        actions = rng.uniform(-1, 1, env.action_space.shape)
+        if agents is not None:
             actions = agents.act(torch.as_tensor(states, device=device).view(len(tasks), copies, -1))[0].cpu().numpy()
         states, rewards, *_ = env.step(actions)
         returns = returns + rewards
@@ -314,7 +313,7 @@ class Collection:
         copies = torch.arange(c, device=self.device)
         repeat = 2 ** copies[:, None]  # (c, 1): steps for which a copy repeats each random action, which leads farther
         noisy = (copies[:, None] > 0) | (c < 3)  # (c, 1): later the first of three or more copies acts without noise
-        # In the last of several copies a guest acts, the agent of another task of the split: a slow cheetah never runs
+        # In the last of several copies a guest acts, the agent of a random task of the split: a slow cheetah never runs
         # by itself, so only a guest can show it how to slow down.
         host = torch.arange(num, device=self.device)[:, None].repeat(1, c)  # agent a acts in copy c of task host[a, c]
         if c > 1:
@@ -333,12 +332,14 @@ class Collection:
                     actions[host, copies, t] = self.agents.act(states[host, copies, t], noise * noisy)[0]
             to_simulator = actions[:, :, t].reshape(num * c, -1).cpu().numpy()
             if step >= s.random_steps:  # queued before the simulator runs, so that a GPU learns meanwhile
-                self.agents.update(*self.sample(step), policy=step % 2 == 0)
+                self.agents.update(*self.sample(step), policy=step % 2 == 0)  # actors at every second step, as in TD3
             observations, reward, *_ = self.env.step(to_simulator)
             states[:, :, t + 1] = torch.as_tensor(observations, device=self.device).view(num, c, -1)
             rewards[:, :, t] = torch.as_tensor(reward, device=self.device).view(num, c)
         self.agents.update_normalisation(states[:, :, :-1])
         self.round += 1
+        finite = all(x.isfinite().all() for x in (states, actions, rewards))
+        require(finite, f"states, actions or rewards became non-finite in round {self.round}: try a smaller --lr")
         return rewards[:, 0].sum(-1)  # (num,): return of the first copies
 
     def sample(self, step):
@@ -354,8 +355,7 @@ class Collection:
         which_copy = torch.randint(s.copies, shape, device=self.device, generator=self.rng)
         noise = torch.randn(2, *shape, self.actions.shape[-1], device=self.device, generator=self.rng)
         age = (step * (age / step) ** s.recency).round().long().clamp(min=1)
-        when = step - age
-        i, t = when // self.T * s.copies + which_copy, when % self.T  # episode, step of the episode
+        i, t = (step - age) // self.T * s.copies + which_copy, (step - age) % self.T  # episode, step of the episode
         n = torch.minimum(age, self.T - t).clamp(max=s.n_step)  # (num, B): up to the newest step or the episode's end
         k = torch.arange(s.n_step, device=self.device)[:, None, None]
         ahead = self.rewards[row, i, (t + k).clamp(max=self.T - 1)]  # (n_step, num, B)
@@ -371,7 +371,7 @@ class Collection:
     def restore(self, path):
         """Continues from the last `save`. Raises BadInput if the settings differ."""
         saved = torch.load(path, map_location=self.device, weights_only=True)
-        free = "episodes", "history", "device", "out"  # settings that do not change how a collection goes
+        free = "episodes", "history", "device", "out"  # these may differ; another device draws other random numbers
         different = [k for k, v in saved["settings"].items() if k not in free and v != getattr(self.s, k, None)]
         require(not different, f"{path} has another {' and '.join(different)}: repeat its settings, or delete it")
         for whole, part in zip(self.arrays, saved["history"]):
@@ -386,7 +386,7 @@ def collect(name, **settings):
     """Trains one SAC agent per task of family `name` and writes the dataset; returns its path.
 
     `settings` are fields of Settings. An interrupted collection continues from its last save. Raises BadInput if the
-    settings make no sense, the dataset exists, another process collects it, or a return is non-finite.
+    settings make no sense, the dataset exists, another process collects it, or a number becomes non-finite.
     """
     s = Settings(**{"env": name, **PRESETS.get(name, {}), **settings})
     path, part = Path(s.out) / f"{name}.npz", Path(s.out) / f"{name}.part"
@@ -400,7 +400,6 @@ def collect(name, **settings):
         saved = time.time()
         for _ in bar:
             returns = run.run_round()
-            require(returns.isfinite().all(), f"a return became non-finite in round {run.round}: try a smaller --lr")
             bar.set_postfix_str(f"return {returns.mean():.1f}, from {returns.min():.1f} to {returns.max():.1f}", False)
             if time.time() - saved > SAVE_EVERY:
                 run.save(part)
@@ -412,7 +411,7 @@ def collect(name, **settings):
     random, expert = arrays["random_return"], arrays["expert_return"]
     print(f"{path}: mean return random {random.mean():.2f}, experts {expert.mean():.2f}, worst {expert.min():.2f}")
     if (expert <= random).any():
-        print(f"experts no better than random, whose scores will be left out: tasks {np.flatnonzero(expert <= random)}")
+        print(f"no scores for tasks whose expert is no better than random actions: {np.flatnonzero(expert <= random)}")
     return path
 
 @torch.no_grad()
@@ -436,9 +435,10 @@ def select(run):
 
 def main():
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--env", default="point_robot")
-    env = first.parse_known_args()[0].env
-    settings = tyro.cli(Settings, default=Settings(**{"env": env, **PRESETS.get(env, {})}), description=__doc__)
+    for flag, value in (("--env", "point_robot"), ("--device", "auto")):  # these two decide the defaults of the others
+        first.add_argument(flag, default=value)
+    given = vars(first.parse_known_args()[0])
+    settings = tyro.cli(Settings, default=Settings(**PRESETS.get(given["env"], {}), **given), description=__doc__)
     collect(settings.env, **dataclasses.asdict(settings))
 
 if __name__ == "__main__":
@@ -447,4 +447,4 @@ if __name__ == "__main__":
     except (BadInput, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted: the same command continues from the last save")
+        sys.exit("interrupted: the same command continues from the last save (every 5 minutes) or begins again")

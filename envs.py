@@ -23,8 +23,10 @@ from mujoco.rollout import Rollout
 class TaskVec(VectorEnv):
     """All sub-environments of one family, stepped together; each child says how states start, move and are seen.
 
-    A child sets `id`, `obs_dim`, `act_dim`, `task_dim` and `horizon`, and defines `draw_tasks`, `initial_state`,
-    `observe`, `advance` (moves `state`, returns rewards) and `render`.
+    A child sets `id`, `obs_dim`, `act_dim`, `task_dim` and `horizon`, gets a name in ENVS, and defines `initial_state`,
+    `observe` -> (num_envs, obs_dim), `advance`, which moves `state` and returns rewards (num_envs,) of about 1 in size,
+    `draw_tasks`, a static method that draws row by row, and, for pictures only, `render`. The defaults of collect.py
+    suit 20 steps; a longer horizon needs PRESETS there. After changing a child delete data/NAME.npz and data/NAME.part.
 
     `state` (num_envs, state_dim) float64 is the whole physical state, free to be read and set. There is no automatic
     reset (`AutoresetMode.DISABLED`): after `horizon` steps every sub-environment is truncated, and the caller resets.
@@ -49,13 +51,18 @@ class TaskVec(VectorEnv):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.t, self.state = 0, self.initial_state(self.np_random)
-        return self.observe().astype(np.float32), {}
+        seen = self.observe().astype(np.float32)
+        if seen.shape != self.observation_space.shape:
+            raise ValueError(f"{self.id}: observe must return shape {self.observation_space.shape}, got {seen.shape}")
+        return seen, {}
 
     def step(self, actions):
         if self.t >= self.horizon:
             raise gymnasium.error.ResetNeeded(f"{self.id}: the episode of {self.horizon} steps is over, call reset()")
         actions = np.clip(np.asarray(actions, dtype=np.float64).reshape(self.num_envs, self.act_dim), -1, 1)
         reward = self.advance(actions)
+        if np.shape(reward) != (self.num_envs,):
+            raise ValueError(f"{self.id}: advance must return shape ({self.num_envs},), got {np.shape(reward)}")
         self.t += 1
         truncated = np.full(self.num_envs, self.t == self.horizon)
         return self.observe().astype(np.float32), reward, np.zeros_like(truncated), truncated, {}
@@ -91,7 +98,7 @@ class PointRobot(TaskVec):
 
 
 class MujocoVec(TaskVec):
-    """A MuJoCo model from the installed gymnasium package, one copy a task, stepped by `mujoco.rollout`'s threads.
+    """A MuJoCo model (`xml`: a file of gymnasium's or an absolute path; `frame_skip`), stepped by `mujoco.rollout`.
 
     Each environment step starts the contact solver cold (no warm start is carried over), so that a step depends on
     `state` and the action alone: in a batch, alone, or replayed from stored states, the transition is the same.
@@ -220,7 +227,10 @@ ENVS = {"point_robot": PointRobot, "cheetah_vel": CheetahVel, "walker_param": Wa
 
 
 def sample_tasks(name, num_tasks, seed):
-    """Draws tasks, (num_tasks, task_dim) float64: the same seed gives the same rows, a longer draw begins with them."""
+    """Draws tasks, (num_tasks, task_dim) float64: the same seed gives the same rows.
+
+    Do not reset with this seed too: it is the same stream, and PointRobot would start at a tenth of its goal.
+    """
     return ENVS[name].draw_tasks(np.random.default_rng(seed), num_tasks)
 
 
@@ -235,13 +245,13 @@ def make_vec(name, tasks, threads=None):
 class TaskEnv(gymnasium.Env):
     """One task as an ordinary Gymnasium environment: a batch of one, without the batch dimension.
 
-    `task` is a row of `sample_tasks`; by default the first one of seed 0.
+    `task` is a row of `sample_tasks`; by default the first one of seed [0, 2].
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
 
     def __init__(self, name, task=None, render_mode=None):
-        task = sample_tasks(name, 1, seed=0)[0] if task is None else task
+        task = sample_tasks(name, 1, seed=[0, 2])[0] if task is None else task
         self.vec = make_vec(name, [task], threads=1)
         self.observation_space, self.action_space = self.vec.single_observation_space, self.vec.single_action_space
         self.render_mode = render_mode

@@ -847,4 +847,4 @@ if __name__ == "__main__":
     except (BadInput, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted: continue from the last checkpoint with --resume and the run's folder")
+        sys.exit("interrupted: a run goes on with --resume and its folder, a collection with the same command")

@@ -29,9 +29,10 @@ from gymnasium.utils.env_checker import check_env
 from torch import distributions
 from torch.utils.flop_counter import FlopCounterMode
 
+import collect as collect_module
 import t2mir
 from collect import PRESETS, BadInput, BatchedSAC, Collection, Settings, claim, collect, load, write_atomically
-from envs import ENVS, TaskVec, make_vec, sample_tasks
+from envs import ENVS, PointRobot, TaskVec, make_vec, sample_tasks
 from experiments import compare, draw_pairs, figures, fresh_tasks, routing, subset, watch
 from experiments.bench_collect import flops_of_update
 from t2mir import BACKBONES, T2MIR, Config, TaskMoE, TokenMoE, evaluate, prefix_mean
@@ -242,6 +243,17 @@ def test_horizon_and_interface(name):
     for wrong in (np.ones(vec.task_dim), np.ones((2, vec.task_dim + 1)), np.ones((0, vec.task_dim))):
         with pytest.raises(ValueError, match="tasks must have shape"):
             make_vec(name, wrong)
+
+
+def test_a_family_with_wrong_shapes_is_refused():
+    """Numpy would repeat an observation or a reward of the wrong shape; both are named instead."""
+    for name, method, wrong in (("observe", "reset", lambda self: self.state[:, :1]),
+                                ("advance", "step", lambda self, actions: np.zeros((len(actions), 1)))):  # fmt: skip
+        vec = type("Mistaken", (PointRobot,), {name: wrong})([[0.0, 1.0], [1.0, 0.0]])
+        with pytest.raises(ValueError, match=f"{name} must return shape"):
+            vec.reset(seed=1)
+            assert method == "step"
+            vec.step(np.zeros((2, 2)))
 
 
 def test_point_robot_picture_shows_goal_and_point():
@@ -2300,7 +2312,7 @@ def test_flags_make_the_config(monkeypatch):
 
 
 def test_the_type_follows_the_device_that_is_asked_for(monkeypatch):
-    """Where there is a GPU, `--device cpu` trains in float32, as on a machine without one."""
+    """Where there is a GPU, `--device cpu` computes in float32, as on a machine without one."""
     configs = []
     monkeypatch.setattr(t2mir, "train", configs.append)
     monkeypatch.setattr(t2mir, "pick_device", lambda name: "cuda" if name == "auto" else name)
@@ -2308,6 +2320,14 @@ def test_the_type_follows_the_device_that_is_asked_for(monkeypatch):
         call_main(monkeypatch, *flags.split())
     asked = [("cuda", "bfloat16"), ("cpu", "float32"), ("cpu", "bfloat16"), ("cuda", "float32")]
     assert [(c.device, c.dtype) for c in configs] == asked
+    collected = []  # and collect.py, on a CPU without instructions for bfloat16
+    monkeypatch.setattr(collect_module, "collect", lambda name, **settings: collected.append(settings))
+    monkeypatch.setattr(collect_module, "pick_device", t2mir.pick_device)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    for flags in ("", "--device cpu", "--device cpu --dtype bfloat16", "--dtype float32"):
+        monkeypatch.setattr(sys, "argv", ["collect.py", *flags.split()])
+        collect_module.main()
+    assert [(settings["device"], settings["dtype"]) for settings in collected] == asked
 
 
 def test_a_loss_that_is_no_number_stops_the_run(folder, tmp_path):
@@ -2343,6 +2363,9 @@ def test_a_dataset_is_checked_array_by_array(folder, tmp_path):
     assert {name: load(path)[name].dtype for name in own} == dict.fromkeys(own, np.float32) | {"test": bool}
     for name, array, message in [
         ("rewards", np.zeros((4, 3)), r"`rewards` must have shape"),
+        ("states", np.array(1.0), r"`states` must have shape \(N E T obs\)"),
+        ("rewards", np.zeros((4, 0, 7)), "`rewards` must have shape .* at least 1"),
+        ("states", np.full((4, 3, 7, 37), 1e39), "`states` has non-finite values in float32"),
         ("states", np.zeros((4, 3, 8, 37)), r"`states` must have shape \(N E T obs\) = \(4, 3, 7, 37\)"),
         ("expert_actions", np.zeros((4, 3, 7, 6)), "`expert_actions` must have shape"),
         ("actions", 3 * own["actions"], r"`actions` must lie in \[-1, 1\]"),
@@ -2357,16 +2380,27 @@ def test_a_dataset_is_checked_array_by_array(folder, tmp_path):
     np.savez(tmp_path / "cheetah_vel.npz", **own)  # a name of ours, and another horizon
     with pytest.raises(BadInput, match="200"):
         load(tmp_path / "cheetah_vel.npz")
+    with np.load(f"{folder}/cheetah_vel.npz") as arrays:
+        np.savez(tmp_path / "cheetah_vel.npz", **{**arrays, "tasks": np.zeros((len(arrays["test"]), 2))})
+    with pytest.raises(BadInput, match="`tasks` must have shape"):
+        load(tmp_path / "cheetah_vel.npz")
 
 
-def test_collections_stop_where_they_must(tmp_path):
-    """A second process is refused at once; a collection that diverges writes no dataset; nonsense is refused."""
+def test_collections_stop_where_they_must(tmp_path, monkeypatch):
+    """A second process is refused at once; a collection that diverges writes no dataset; nonsense is refused.
+
+    In the second family that diverges, rewards and states know nothing of the actions and stay finite.
+    """
     small = dict(steps=100, random_steps=20, train_tasks=2, test_tasks=1, out=str(tmp_path))
     with claim(tmp_path / "point_robot.npz"), pytest.raises(BadInput, match="in use by another process"):
         collect("point_robot", **small)
     with pytest.raises(BadInput, match="non-finite"):
         collect("point_robot", lr=1e10, critic_norm=False, **small)
+    monkeypatch.setitem(ENVS, "idle", type("Idle", (PointRobot,), {"advance": lambda self, a: np.zeros(len(a))}))
+    with pytest.raises(BadInput, match="non-finite"):
+        collect("idle", lr=1e10, critic_norm=False, **small)
     assert not list(tmp_path.glob("*.npz"))
-    for given in (dict(lr=-1), dict(hidden=0), dict(gamma=1), dict(tau=2), dict(random_steps=100), dict(device="nope")):
+    for given in (dict(lr=-1), dict(hidden=0), dict(gamma=1), dict(tau=2), dict(random_steps=100), dict(device="nope"),
+                  dict(copies=63), dict(seed=10**13)):  # fmt: skip
         with pytest.raises(BadInput, match=f"--{next(iter(given))}"):
             collect("point_robot", **{**small, **given})
