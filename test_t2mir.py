@@ -2149,7 +2149,17 @@ def test_pairs_of_runs(folder, tmp_path, capsys):
     with pytest.raises(BadInput, match="seeds must be the same"):
         compare.main(tuple(one), tuple(two[:1]), tasks=5)
     with pytest.raises(BadInput, match="have seed 0"):
-        compare.main((one[0], two[0]), tuple(two), tasks=5)
+        compare.main((one[0], one[0]), tuple(two), tasks=5)
+    for runs in ((), (one[0], two[1])):
+        with pytest.raises(BadInput, match="runs of one agent"):
+            compare.main(runs, tuple(two), tasks=5)
+    other, saved = tmp_path / "other", t2mir.read_checkpoint(one[0])
+    other.mkdir()
+    with np.load(f"{folder}/point_robot.npz") as arrays:
+        np.savez(other / "point_robot.npz", **{**arrays, "info": "another file"})
+    torch.save(saved | {"config": saved["config"] | {"data": str(other)}}, one[0] / "ckpt.pt")
+    with pytest.raises(BadInput, match="not the dataset"):
+        compare.open_run(one[0])
 
 
 @pytest.mark.parametrize("part", ["all", "early", "late", "mixed"])

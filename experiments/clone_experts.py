@@ -1,12 +1,12 @@
 """Clones of the experts' labels, fitted by least squares alone: do they earn what the experts earn?
 
     python experiments/clone_experts.py data/cheetah_vel.npz [--steps 4000]
-    python experiments/clone_experts.py data/walker_param.npz --shared [--steps 20000]
+    python experiments/clone_experts.py data/walker_param.npz --shared [--steps 4000]
 
 The first command fits a clone to each task's own pairs of state and expert action, and lets it act in 20 episodes. If
-the labels are the experts' actions, it earns what the expert earns. The second command asks what a context can be worth
-at most. It fits two clones to all training tasks at once: one sees the state alone, the other is told the task as well.
-If both earn the same, there is nothing to infer.
+the labels are the experts' actions, it earns what the expert earns. The second command estimates what there is
+to gain from inferring the task, which is not a bound. It fits two clones to all training tasks at once: one sees the
+state alone, the other is told the task as well. If both earn the same, there is nothing to infer.
 """
 
 import sys

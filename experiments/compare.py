@@ -1,12 +1,13 @@
 """Compares two agents in pairs of runs with the same seed, on held-out and in fresh tasks, with 95% intervals.
 
-    python experiments/compare.py --first RUN [RUN ...] --second RUN [RUN ...] [--tasks 400] [--seed 1] [--csv FILE]
+    python experiments/compare.py --first RUN [RUN ...] --second RUN [RUN ...] [--tasks 400] [--seed 1] [--label TEXT]
+        [--csv FILE]
 
 Two quantities are compared: the loss -log P on the dataset's held-out tasks, and the score in fresh tasks, which no
 dataset holds. A fresh task has no expert, so a score is (R - R_random) / (R_expert - R_random) with the mean returns of
-the dataset's tasks. Both are averaged over the episodes from the second one on. Intervals are percentile bootstraps
-that draw seeds and tasks anew, each with replacement. The interquartile mean leaves out the lowest and the highest
-quarter of all runs and tasks.
+the dataset's tasks. It is compared in episode 1, in episode 2, and as the mean of the episodes from the second one on,
+of which there is an interquartile mean too: it leaves out the lowest and the highest quarter of all runs and tasks.
+Intervals are percentile bootstraps that draw seeds and tasks anew, each with replacement.
 """
 
 import sys
@@ -19,8 +20,8 @@ from scipy.stats import bootstrap, trim_mean
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import t2mir  # noqa: E402
 from collect import BadInput  # noqa: E402
-from envs import ENVS, sample_tasks  # noqa: E402
-from experiments.fresh_tasks import append  # noqa: E402
+from envs import sample_tasks  # noqa: E402
+from experiments.fresh_tasks import append, check_agent, open_run  # noqa: E402
 
 
 NAMES = {"heldout": "held-out loss", "score_1": "score, episode 1", "score_2": "score, episode 2"}
@@ -30,14 +31,14 @@ NAMES |= {"score": "score, episodes 2 to last", "iqm": "its interquartile mean"}
 def measure(runs, tasks, seed):
     """A dict seed -> what its run measures: `heldout` by held-out task, `score` by episode and fresh task, the log."""
     measured = {}
+    check_agent(runs)
     for run in runs:
-        saved, agent = t2mir.read_checkpoint(run), t2mir.load_agent(run)
-        c = agent.config
-        data, _, held_out = t2mir.open_dataset(c)
-        if data["fingerprint"] != saved["fingerprint"]:
-            raise BadInput(f"{c.data}/{c.env}.npz is not the dataset that {run} has been trained on")
-        if c.env not in ENVS:
-            raise BadInput(f"{c.env} has no simulator in envs.py")
+        agent, data, _, held_out = open_run(run)
+        c, saved = agent.config, t2mir.read_checkpoint(run)
+        if not data["simulator"]:
+            raise BadInput(f"{c.env} has no simulator in envs.py, or its dataset has no returns of random and expert")
+        if c.eval_episodes < 2:
+            raise BadInput(f"{run} acts in one episode: the scores from episode 2 on need --eval-episodes 2")
         if c.seed in measured:
             raise BadInput(f"two runs of one agent have seed {c.seed}: {run} is the second one")
         if saved["step"] < c.steps:
@@ -86,6 +87,8 @@ def main(
         label: name of this comparison
         csv: file to which a row is added
     """
+    if tasks < 2 or seed < 0:
+        raise BadInput("--tasks must be at least 2, because an interval needs two, and --seed at least 0")
     agents = measure(first, tasks, seed), measure(second, tasks, seed)
     seeds = sorted(agents[0])
     if seeds != sorted(agents[1]):

@@ -1,4 +1,4 @@
-"""Draws the T2MIR layer, with the equations' numbers of t2mir.py.
+"""Draws the T2MIR layer, with the equations' numbers of t2mir.py, and writes FOLDER/layer.png.
 
     python experiments/draw_layer.py [--out FOLDER]
 """
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from collect import write_atomically  # noqa: E402
+from collect import BadInput, write_atomically  # noqa: E402
 
 KINDS = {"s": ("state", "#4c78a8"), "a": ("action", "#f58518"), "r": ("reward", "#54a24b"), "q": ("query", "#e45756")}
 TOKEN, TASK = "#d6e4f5", "#fde3c8"  # colours of the two mixtures of experts
@@ -78,4 +78,7 @@ def main(out: Path = Path("figures")):
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    try:
+        tyro.cli(main, description=__doc__)
+    except (BadInput, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -40,8 +40,8 @@ def read(folder):
             result = dict(arrays)
     except (OSError, ValueError) as error:
         raise BadInput(f"{folder} is not a finished run ({str(error).splitlines()[0]})") from None
-    if "tasks" not in result or len(result["own"]) < 2:
-        return print(f"left out, because it has no returns of two or more episodes: {folder}")
+    if "tasks" not in result or "other" not in result or len(result["own"]) < 2:
+        return print(f"left out, because it has no returns of two or more episodes and tasks: {folder}")
     base = dataclasses.asdict(t2mir.preset(config["env"], config["mode"]))
     changed = {k: config[k] for k in base if k in config and config[k] != base[k]}
     settings = {k: v for k, v in changed.items() if k not in NO_SETTING}
@@ -55,6 +55,7 @@ def read(folder):
             command += f" --{'' if v else 'no-'}{flag}" if isinstance(v, bool) else f" --{flag} {v}"
     scores = {k: t2mir.normalised(result[k], result, slice(None)) for k in CONTEXTS}  # (episodes, tasks) each
     run = {"env": config["env"], "agent": agent, "baseline": None if dense else without_moe, "seed": config["seed"]}
+    run |= {"dataset": t2mir.read_checkpoint(folder)["fingerprint"]}
     return run | {"command": command, "log": log, "result": result, "scores": scores}
 
 
@@ -108,9 +109,10 @@ def main(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("figures
     if not table:
         raise BadInput("name at least one folder of a finished run in an environment of envs.py")
     for run in table:
-        tasks, first = run["result"]["tasks"], next(r for r in table if r["env"] == run["env"])["result"]["tasks"]
-        if not np.array_equal(tasks, first):
-            raise BadInput(f"the runs of {run['env']} act in different tasks: compare runs of one dataset")
+        first = next(r for r in table if r["env"] == run["env"])
+        same_tasks = np.array_equal(run["result"]["tasks"], first["result"]["tasks"])
+        if not same_tasks or run["dataset"] != first["dataset"]:
+            raise BadInput(f"the runs of {run['env']} have other data or held-out tasks: compare runs of one dataset")
         members = groups.setdefault(run["env"], {}).setdefault(run["agent"], [])
         if run["seed"] in [r["seed"] for r in members]:
             raise BadInput(f"two runs of {run['agent']} on {run['env']} have seed {run['seed']}: name one of them")

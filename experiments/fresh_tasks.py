@@ -8,6 +8,7 @@ standard error over the runs.
 """
 
 import csv
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,23 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import t2mir  # noqa: E402
 from collect import BadInput, average_return  # noqa: E402
 from envs import ENVS, sample_tasks  # noqa: E402
+
+
+def open_run(run):
+    """The agent of a run, the dataset that it has been trained on, and its training and held-out tasks (masks)."""
+    agent = t2mir.load_agent(run)
+    c = dataclasses.replace(agent.config, resume=str(run))  # a missing dataset is not collected
+    data, train, held_out = t2mir.open_dataset(c)
+    if data["fingerprint"] != t2mir.read_checkpoint(run)["fingerprint"]:
+        raise BadInput(f"{c.data}/{c.env}.npz is not the dataset that {run} has been trained on")
+    return agent, data, train, held_out
+
+
+def check_agent(runs):
+    """Raises BadInput if the runs are not of one agent, that is, if they differ in more than their seeds."""
+    own, saved = ("seed", "name", "runs", "data", "device", "resume"), [t2mir.read_checkpoint(run) for run in runs]
+    if len({str((s["config"] | dict.fromkeys(own), s["fingerprint"])) for s in saved}) != 1:
+        raise BadInput("name the runs of one agent, which differ in their seeds only")
 
 
 def main(
@@ -38,14 +56,10 @@ def main(
         context: the agent's own context, or one of the two controls of `t2mir.evaluate`
         csv: file to which a row for each episode is added
     """
+    if tasks < 2 or seed < 0:
+        raise BadInput("--tasks must be at least 2, because an interval needs two, and --seed at least 0")
+    check_agent(runs)
     agents = [t2mir.load_agent(run) for run in runs]
-    if not agents:
-        raise BadInput("name at least one run")
-    if tasks < 2:
-        raise BadInput(f"--tasks {tasks} is too small: an interval needs at least 2")
-    own = dict.fromkeys(("seed", "name", "runs", "data", "device"))  # what may differ between runs of one agent
-    if len({str(vars(agent.config) | own) for agent in agents}) > 1:
-        raise BadInput("the runs must be of one agent and differ in their seeds only")
     env = agents[0].config.env
     if env not in ENVS:
         raise BadInput(f"{env} has no simulator in envs.py")

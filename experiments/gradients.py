@@ -7,7 +7,6 @@ agent, or to the dense layer there. The goals of quadrants I and III lie in oppo
 with the same backbone and the same MoEs are averaged. Writes FOLDER/gradients.png.
 """
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import t2mir  # noqa: E402
 from collect import BadInput, write_atomically  # noqa: E402
+from experiments.fresh_tasks import open_run  # noqa: E402
 
 BATCHES = 20  # of a gradient
 QUADRANTS = {"I": (1, 1), "II": (-1, 1), "III": (-1, -1), "IV": (1, -1)}  # signs of the goal's x and y
@@ -27,11 +27,10 @@ QUADRANTS = {"I": (1, 1), "II": (-1, 1), "III": (-1, -1), "IV": (1, -1)}  # sign
 
 def cosines(run):
     """Cosine similarities (4, 4) of the quadrants' gradients, and the agent's name."""
-    model = t2mir.load_agent(run)  # in evaluation mode: no dropout and no noise in the routers
+    model, data, train, _ = open_run(run)  # in evaluation mode: no dropout and no noise in the routers
     c = model.config
     if c.env != "point_robot":
         raise BadInput(f"{run} is of {c.env}: quadrants are those of point_robot")
-    data, train, _ = t2mir.open_dataset(dataclasses.replace(c, resume=str(run)))  # collects nothing
     block, gradients = model.blocks[max(c.moe_blocks)], []
     parameters = [p for p in (block.moe or block.mlp).parameters() if p.requires_grad]
     for name, signs in QUADRANTS.items():

@@ -8,9 +8,7 @@
 # and written to figures/, where rows are added to CSV files. Runs that have ended are not repeated.
 set -e
 cd "$(dirname "$0")/.."
-
 data() { [ -f "data/$1.npz" ] || python collect.py --env "$1"; }
-
 data1000() { [ -f data1000/point_robot.npz ] || python collect.py --train-tasks 1000 --test-tasks 50 --out data1000; }
 
 run() { # NAME and the flags of t2mir.py; an interrupted run is continued
@@ -45,10 +43,9 @@ against() { # LABEL, NAME, VARIANT, SEEDS and flags: T2MIR of the pairs NAME min
     compare "$label" "$agent" "$agent-$variant" "$seeds" 400
 }
 
-data45() {
-    data1000
-    [ -f data45/point_robot.npz ] || python experiments/subset.py data1000/point_robot.npz --out data45 --train-tasks 45
-}
+subset() { [ -f "$2/point_robot.npz" ] || python experiments/subset.py "$1/point_robot.npz" --out "$2" "$3" "$4"; }
+data45() { data1000; subset data1000 data45 --train-tasks 45; }
+half() { data point_robot; subset data "data_$1" --episodes "$1"; } # early, late or mixed
 
 ablations() { # BACKBONE, NAME, VARIANTS' SEEDS and flags: the pairs NAME against T2MIR without one of its parts
     backbone=$1 agent=$2 seeds=$3
@@ -104,10 +101,13 @@ walker) # 105 minutes: 36 with DPT, 69 with AD
     pairs "Walker2d: DPT" walker_param-dpt "0 1 2" 100 --env walker_param
     pairs "Walker2d: AD" walker_param-ad "0 1 2" 100 --env walker_param --mode ad ;;
 ablations) # 34 minutes after `steps`
+    data1000
     ablations DPT point_robot1000-short "0 1 2 3 4" $short ;;
 ad-ablations) # 81 minutes after `ad-short`
+    data point_robot
     ablations AD point_robot-ad-3000 "0 1 2 3 4" $ad ;;
 experts) # 63 minutes after `steps` and `tasks`
+    data45
     other="against T2MIR with other experts"
     for n in "3 4" "12 16" "24 32"; do
         set -- $n
@@ -116,14 +116,14 @@ experts) # 63 minutes after `steps` and `tasks`
         against "$other, 45 tasks: $1 and $2" point_robot45 "experts$1" "0 1 2" --data data45 $experts
     done ;;
 quality) # 43 minutes
-    data point_robot
     for half in early late mixed; do
-        [ -d data_$half ] || python experiments/subset.py data/point_robot.npz --out data_$half --episodes $half
+        half "$half"
         pairs "DPT, 1,000 steps: $half half" "point_robot-$half" "0 1 2" 400 --data "data_$half" --steps 1000
     done
     pairs "DPT, 2,500 steps: early half" point_robot-early-2500 "0 1 2" 400 --data data_early ;;
 ad-quality) # 70 minutes after `quality`
     for half in early late; do
+        half "$half"
         pairs "AD, 3,000 steps: $half half" "point_robot-$half-ad" "0 1 2 3 4" 400 --data "data_$half" $ad
     done ;;
 defaults) # 10 minutes after `pairs`, `ad`, `cheetah` and `walker`
@@ -146,5 +146,5 @@ routing) # 11 minutes after `pairs`, `ad` and `cheetah`
     for agent in point_robot-dpt point_robot-ad cheetah_vel-dpt cheetah_vel-dpt-all; do
         python experiments/routing.py runs/$agent-seed0
     done ;;
-*) grep '^[a-z]*) #' "$0" ;;
+*) grep '^[a-z-]*) #' experiments/reproduce.sh ;;
 esac

@@ -9,7 +9,6 @@ share of the experts chosen after a whole episode that are already chosen after 
 with a simulator whether the task-wise router chooses in an agent's own episodes as it does in stored ones.
 """
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from sklearn.manifold import TSNE
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import t2mir  # noqa: E402
 from collect import BadInput, write_atomically  # noqa: E402
+from experiments.fresh_tasks import open_run  # noqa: E402
 
 EPISODES, POINTS = 10, 1500  # stored episodes of each task, and tokens in the map of the token-wise router
 
@@ -73,11 +73,10 @@ def tsne(points, perplexity):
 
 
 def main(run: tyro.conf.Positional[Path], out: Path = Path("figures")):
-    model = t2mir.load_agent(run)
+    model, data, _, held_out = open_run(run)
     c = model.config
     if not (c.token_moe and c.task_moe):
         raise BadInput(f"{run} lacks an MoE: both routers are drawn")
-    data, _, held_out = t2mir.open_dataset(dataclasses.replace(c, resume=str(run)))  # collects nothing
     if held_out.sum() < 3:
         raise BadInput(f"{run} has {held_out.sum()} held-out tasks: a map of tasks needs at least 3")
     E = data["rewards"].shape[1]

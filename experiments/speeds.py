@@ -7,7 +7,6 @@ the second episode. The last number of a column's name counts the runs.
 """
 
 import csv
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import t2mir  # noqa: E402
 from collect import BadInput  # noqa: E402
 from envs import ENVS, CheetahVel  # noqa: E402
+from experiments.fresh_tasks import open_run  # noqa: E402
 
 VELOCITY = 8  # of the torso along the track, in the observation (8 positions come first)
 
@@ -43,10 +43,9 @@ def main(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("speeds.
         raise BadInput("name at least one run of cheetah_vel")
     columns, datasets = {}, set()
     for i, run in enumerate(runs):
-        agent = t2mir.load_agent(run)
+        agent, data, _, held_out = open_run(run)
         if agent.config.env != "cheetah_vel":
             raise BadInput(f"{run} is of {agent.config.env}: speeds are those of cheetah_vel")
-        data, _, held_out = t2mir.open_dataset(dataclasses.replace(agent.config, resume=str(run)))  # collects nothing
         datasets.add(data["fingerprint"])
         returns, speed = act(agent, data["tasks"])
         scores = t2mir.normalised(returns, data, np.ones(len(held_out), bool))

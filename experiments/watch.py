@@ -102,9 +102,11 @@ def main(run: tyro.conf.Positional[Path], tasks: int = 3, episodes: int = 3, out
     if not (1 <= tasks <= len(every) and episodes >= 1):
         raise BadInput(f"--tasks must lie between 1 and {len(every)}, --episodes must be at least 1")
     order = np.argsort(every[:, 0], kind="stable") if every.shape[1] == 1 else np.arange(len(every))
-    pick = order[np.linspace(0, len(every) - 1, tasks + 2).round().astype(int)[1:-1]] if tasks > 1 else order[:1]
+    inner = np.linspace(0, len(every) - 1, tasks + 2)[1:-1]  # without the two extremes, if there are enough tasks
+    at = inner if tasks + 2 <= len(every) else np.linspace(0, len(every) - 1, tasks)
+    pick = order[at.round().astype(int)]
     states, returns = act(agent, every[pick], episodes)
-    scores = (returns - low[pick]) / (high[pick] - low[pick])
+    scores = t2mir.normalised(returns, {"random_return": low, "expert_return": high}, pick)
     size = (1.7, 1.85) if env == "point_robot" else (2.6, 2.1)
     fig = Figure(figsize=(size[0] * episodes, size[1] * tasks), dpi=80)
     canvas, axes = FigureCanvasAgg(fig), fig.subplots(tasks, episodes, squeeze=False)
