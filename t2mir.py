@@ -1,33 +1,54 @@
-"""T2MIR: token- and task-wise mixture of experts for in-context reinforcement learning, in one file.
+"""T2MIR: token- and task-wise mixture of experts for in-context reinforcement learning.
 
     python t2mir.py --env point_robot --mode dpt
+    python t2mir.py --env point_robot --mode dpt --recipe paper --lr 3e-3  # see `PAPER`
 
-Paper: Wu et al., "Mixture-of-Experts Meets In-Context Reinforcement Learning", NeurIPS 2025, arXiv 2506.05426.
-Equations (1) to (6) are numbered where they are computed. What this model does that a plain transformer does not:
-- a step is three tokens (state, action, reward), embedded separately, plus an embedding of the time in the episode;
-- in some blocks the feed-forward layer is two mixtures of experts (MoE). In each a router sends a token to k of E small
-  networks, the experts: the token-wise router by the token itself, the task-wise one by the mean of all tokens so far;
-- the task router is trained as a task encoder: InfoNCE pulls two sequences of one task together;
-- the context is causal; behind it stand queries, states in which an action is predicted, all in parallel. Each query
-  sees a prefix of the context and itself, and the context sees no query, so one context serves many predictions.
+Paper: Wu et al., "Mixture-of-Experts Meets In-Context Reinforcement Learning", NeurIPS 2025,
+arXiv 2506.05426. Equations (1) to (6) are numbered where they are computed. "The release" is the
+code of its authors.
 
-    AD: up to K - 1 finished episodes, the best one last, then the running one, whose states are the queries.
+An agent adapts to a new task from the interactions in its context, without any change of its
+weights. The context is a row of steps, and each step is three tokens: state s, action a, reward r.
+After the context come queries: states in which an action is predicted, all in parallel. A context
+token sees the tokens before it and itself. A query sees a prefix of the context and itself. Nothing
+else sees a query, so many predictions share one context. Two algorithms say what the context and
+the queries are. First their published form, as the paper uses it:
 
-        s a r s a r s a r | s a r s a r s a r | q1 q2 q3      L_action: each query predicts what the learning agent
-        -------------------                     ^             would have done. q1, q2, q3 are the three states of the
-        -------------------------                  ^          second, running episode; each sees what was before it:
-        -------------------------------               ^       the finished episode and the earlier steps of its own
+Algorithm Distillation (AD). The context is K consecutive episodes of the learning history of one
+agent, the learner. AD predicts an action in every state of the context. The last episode is called
+the running one, those before it the finished ones. The picture has the queries of the running one.
 
-    DPT: K episodes as the prompt, and as queries states of other episodes. The expert is the task's own RL agent.
+    s a r s a r s a r | s a r s a r s a r | q1 q2 q3    Each query predicts the action that the
+    -------------------                     ^           learner took there. q1, q2 and q3 are the
+    -------------------------                  ^        three states of the running episode. Each
+    -------------------------------               ^     sees the finished episode, and the earlier
+                                                        steps of its own episode.
 
-        s a r s a r s a r s a r | q1 q2 q3      L_action: each query predicts the expert's action in its state
-        -----------               ^             q1 sees two steps of the prompt and itself
-        -----------------------      ^          q2 sees the whole prompt and itself
-                                        ^       q3 sees itself only
+AD's queries repeat states of the context. If the context holds every step, to predict at its state
+tokens gives the same (`test_ad_queries_equal_state_tokens` shows it). Queries also work after a
+context that holds only every n-th step, which is one of the changes below (`--stride`).
 
-    B sequences in a batch             K episodes in a context (config.context)     D, d  d_model, width of a token
-    L tokens in a sequence             S steps in a context, three tokens each      E, k  experts; top_k compute a token
-    T steps in an episode (horizon)    Q queries behind a context                   N, E  in a dataset: tasks, episodes
+Decision-Pretrained Transformer (DPT). The context is a prompt: K episodes of any quality.
+
+    s a r s a r s a r s a r | q1 q2 q3                  Each query is a state of another episode,
+    -----------               ^                         and predicts the action of the expert, which
+    -----------------------      ^                      is the task's own trained agent. q1 sees two
+                                    ^                   steps of the prompt and itself, q2 sees the
+                                                        whole prompt and itself, q3 only itself.
+
+This file changes both algorithms. Each change has a switch in `Config`, and `--recipe paper` takes
+all of them back.
+
+T2MIR changes the transformer: in some blocks the feed-forward layer becomes two mixtures of experts
+(MoE) side by side. In each of them a router sends a token to k of M small networks, its experts.
+The token-wise router looks at the token itself, and a balance loss keeps all of its experts in use.
+The task-wise router looks at the mean of all tokens that the token sees. It is trained as a task
+encoder by a contrastive loss, InfoNCE, which pulls two sequences of the same task together.
+
+    B  sequences in a batch            K  episodes in a context          D, d  width of a token
+    L  tokens in a sequence            S  steps in a context             M     experts of an MoE
+    T  steps in an episode (horizon)   Q  queries behind a context       k     experts of a token
+    N, E  in a dataset: number of tasks, and of episodes of each task
 """
 
 import argparse
@@ -37,11 +58,11 @@ import json
 import math
 import os
 import sys
-import time
-from collections import defaultdict
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
-from typing import Literal, NamedTuple
+from time import perf_counter
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -51,795 +72,1417 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-from collect import BadInput, claim, collect, load, pick_device, require, write_atomically
+from collect import (
+    BadInput,
+    claim,
+    collect,
+    dataset_path,
+    keep_freed_memory,
+    load,
+    pick_device,
+    require,
+    write_atomically,
+)
 from envs import ENVS, make_vec
 
-# ---- Config ----------------------------------------------------------------------------------------------------------
+# ---- Config --------------------------------------------------------------------------------------
+
+
 @dataclasses.dataclass
 class Config:
-    """Everything that a run depends on; each field is a flag. BY_MODE and PRESETS change some of the defaults."""
-    env: str = "point_robot"  # task family, or the name of a dataset of your own: data/ENV.npz
-    mode: Literal["ad", "dpt"] = "dpt"  # backbone: Algorithm Distillation or Decision-Pretrained Transformer
+    """Everything that a run depends on. Each field is a flag of the command line.
+
+    `preset` and the command line change some defaults: by mode, see MODES, and by task family, see
+    `training` of its class in envs.py.
+    """
+
+    env: str = "point_robot"  # task family in envs.py, or the name of a dataset: data/ENV.npz
+    mode: Literal["ad", "dpt"] = "dpt"  # Algorithm Distillation or Decision-Pretrained Transformer
+
+    # What this file changes in the published AD and DPT. PAPER has the published values.
+    late_episode: bool = True  # change, AD: the running episode is late, and alone is predicted
+    worse_episodes: bool = True  # change, AD: the finished episodes are mostly bad ones
+    clean_targets: bool = True  # change, AD: the targets are the learner's actions without noise
+    guests: bool = True  # change, AD: in some episodes the learner of another task acts, as a guest
+    remember_best: bool = True  # change, acting: an agent also remembers its best episodes
+    grow_prompt: bool = True  # change, DPT acting: in the first episode the prompt is its own steps
+    policy: Literal["gaussian", "squared"] = "gaussian"  # change: not a squared error
+    sample: Literal["always", "first", "never"] = "always"  # change: sample actions, to explore
+    optimizer: Literal["muon", "adamw"] = "muon"  # change: Muon for the hidden matrices
+    stride: int = 1  # change: the context holds every n-th step of an episode, to save time
+
     d_model: int = 64  # model: width of a token (d)
     n_layers: int = 3  # model: transformer blocks
     n_heads: int = 4  # model: attention heads
     dropout: float = 0.0  # model: dropout of the embeddings and of each sublayer's output
-    moe_layers: str = "last"  # MoE: blocks with a T2MIR layer: last, all, or indices such as 0,2
-    token_experts: int = 6  # MoE: experts of the token-wise MoE (the paper's K1)
-    task_experts: int = 8  # MoE: experts of the task-wise MoE (the paper's K2)
-    top_k: int = 2  # MoE: experts that compute a token, in each MoE; a single one would have a gate without a gradient
-    token_moe: bool = True  # MoE: the token-wise MoE; with neither MoE the agent is plain AD or DPT
-    task_moe: bool = True  # MoE: the task-wise MoE; an MoE that stands alone takes the full width
-    w_imp: float = 0.01  # MoE: weight of the importance term of the balance loss
-    w_load: float = 0.01  # MoE: weight of the load term of the balance loss, which keeps all token-wise experts in use
+    moe_layers: tuple[int, ...] = (-1,)  # MoE: blocks with a T2MIR layer, -1 is the last block
+    token_experts: int = 6  # MoE: experts of the token-wise MoE (K1 in the paper)
+    task_experts: int = 8  # MoE: experts of the task-wise MoE (K2 in the paper)
+    top_k: int = 2  # MoE: experts per token (k); a single gate is always 1, without a gradient
+    token_moe: bool = True  # MoE: use the token-wise MoE; without both MoEs, plain AD or DPT
+    task_moe: bool = True  # MoE: use the task-wise MoE; an MoE that is alone has the full width
+    w_imp: float = 0.01  # MoE: weight of the importance term in the balance loss
+    w_load: float = 0.01  # MoE: weight of the load term in the balance loss
     w_con: float = 0.01  # MoE: weight of the InfoNCE loss
-    momentum: float = 0.005  # MoE: fraction by which the key router follows the task router in each step
-    context: int = 4  # context: episodes, with the running one in AD (K)
-    stride: int = 1  # context: every n-th step of an episode is kept
-    queries: int = 40  # context: queries trained behind each context (Q), in AD at most the horizon
+    momentum: float = 0.005  # MoE: how far the key router follows the task router in each step
+
+    context: int = 1  # data: episodes in a context (K)
+    queries: int = 40  # data: queries behind a context (Q), AD: at most T; as published it has K T
     steps: int = 2_500  # training: steps
-    batch: int = 32  # training: sequences in a batch of each process, two from each of batch / 2 tasks (B)
-    lr: float = 5e-3  # training: peak learning rate of both optimizers, Muon and AdamW
+    batch: int = 32  # training: sequences in a batch (B), two of each task
+    lr: float = 5e-3  # training: peak learning rate
     warmup: int = 100  # training: steps of linear warm-up, followed by a cosine to zero
-    weight_decay: float = 1e-4  # training: weight decay of both optimizers
-    clip: float = 1.0  # training: largest norm of the gradient
-    eval_every: int = 500  # evaluation: training steps between evaluations, each of which saves a checkpoint
+    weight_decay: float = 1e-4  # training: weight decay
+    clip: float = 1.0  # training: largest norm of the gradient, 0 for no limit
+
+    eval_every: int = 500  # evaluation: training steps between evaluations and checkpoints
     eval_episodes: int = 10  # evaluation: episodes in which an agent acts in each task
-    val_tasks: int = 0  # evaluation: evaluate on this many training tasks, held out, instead of on the test tasks
-    noise: float = 1.0  # evaluation: factor of the policy's deviation, from an agent's second episode on
+    val_tasks: int = 0  # evaluation: hold out this many training tasks, instead of the test tasks
+
     seed: int = 0  # system: random seed of the training; the dataset has its own
-    device: str = "auto"  # system: cpu, cuda, mps, or auto: cuda if there is one
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # system: auto is bfloat16 on cuda, else float32
+    device: str = "auto"  # system: cpu, cuda, or auto: cuda if there is one
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # system: in training; bfloat16 on cuda
     data: str = "data"  # system: folder of the datasets
     runs: str = "runs"  # system: folder of the runs
     name: str = ""  # system: name of the run's folder, by default ENV-MODE-seedSEED
-    resume: str = ""  # system: folder of a run to continue; beside it only --device, --data and more --steps
 
     def __post_init__(self):
-        self.device = pick_device(self.device)
-        if self.dtype == "auto":
-            self.dtype = "bfloat16" if "cuda" in self.device else "float32"
-        low, high = dict(seed=0, warmup=0, val_tasks=0, top_k=2, batch=2), dict(dropout=0.99, momentum=1)
-        for f in dataclasses.fields(self):
-            if f.type in (int, float):
-                value, least, most = getattr(self, f.name), low.get(f.name, int(f.type is int)), high.get(f.name, 1e99)
-                require(least <= value <= most, f"--{f.name} {value} must lie between {least} and {most:g}")
-        require(self.mode in BACKBONES, f"--mode {self.mode} must be ad or dpt")
-        every = [str(i) for i in range(self.n_layers)]
-        named = {"last": every[-1:], "all": every}.get(self.moe_layers, self.moe_layers.split(","))
-        require(set(named) <= set(every), f"--moe_layers {self.moe_layers} must be last, all, or blocks such as 0,2")
-        self.moe_blocks = [int(i) for i in named]
-        require(self.d_model % math.lcm(16, self.n_heads) == 0, "--d_model must be a multiple of 16 and of --n_heads")
-        require(self.batch % 2 == 0, f"--batch {self.batch} must be even: each task in it has two sequences")
-        require(self.top_k < min(self.token_experts, self.task_experts), "--top_k must be below the numbers of experts")
-        # (6) The objective is the sum of these losses with these weights: L_action + L_balance + w_con L_InfoNCE.
-        self.loss_weights = dict(action=1.0, importance=self.w_imp, load=self.w_load, contrastive=self.w_con)
+        may_be_0 = ("dropout", "w_imp", "w_load", "w_con", "momentum", "warmup", "weight_decay")
+        may_be_0 += ("clip", "val_tasks", "seed")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            flag = f"--{field.name.replace('_', '-')} {value}"
+            choices = get_args(field.type)
+            if field.type in (int, float):
+                known = isinstance(value, (int, field.type)) and 0 <= value < math.inf
+                require(known, f"{flag} must be of type {field.type.__name__}, at least 0")
+                require(value > 0 or field.name in may_be_0, f"{flag} must be more than 0")
+            elif isinstance(field.default, str) and choices:
+                require(value in choices, f"{flag} must be one of {', '.join(choices)}")
+        require(self.dropout < 1, "--dropout must be less than 1")
+        require(self.momentum <= 1, "--momentum must be at most 1")
 
-# The sizes are those of a laptop. The paper's: d_model 128 (AD on MuJoCo 256), 8 heads (DPT on MuJoCo 4), stride 1,
-# batch 32 (AD on MuJoCo 24), dropout 0.05, learning rate 3e-4, 10,000 steps of warm-up in 100,000 steps.
-MUJOCO = dict(d_model=128, lr=4e-3, stride=8, noise=0.0, steps=1_000, eval_every=250)
-BY_MODE = {"dpt": dict(context=1), "ad": dict(batch=16, w_imp=0.1, w_load=0.1)}
-PRESETS = {("point_robot", "ad"): dict(steps=12_000, eval_every=4_000)}
-for family in ("cheetah_vel", "walker_param"):
-    PRESETS[family, "dpt"] = dict(MUJOCO, n_layers=4)
-    PRESETS[family, "ad"] = dict(MUJOCO, steps=3_000, eval_every=1_000)
+        most = min(self.token_experts, self.task_experts) - 1
+        require(2 <= self.top_k <= most, f"--top-k must be from 2 to {most}")
+        n = self.n_layers
+        exist = all(-n <= i < n for i in self.moe_layers)
+        require(exist, f"--moe-layers must be from {-n} to {n - 1}, as there are {n} blocks")
+        divisible = self.d_model % 16 == 0 and self.d_model % self.n_heads == 0  # 16 for grouped_mm
+        require(divisible, "--d-model must be a multiple of 16 and of --n-heads")
+        even = self.batch % 2 == 0 and self.batch > 2
+        require(even, "--batch must be even and at least 4: it has two sequences of each task")
+        imitates_guests = self.guests and not self.clean_targets
+        require(not imitates_guests, "--no-clean-targets needs --no-guests, or guests are imitated")
 
-def preset(env="point_robot", mode="dpt", **given):
-    """The Config of `env` and `mode`, with the fields in `given` on top; own data has the defaults of its mode."""
-    return Config(env=env, mode=mode, **(BY_MODE.get(mode, {}) | PRESETS.get((env, mode), {}) | given))
 
-# ---- Attention, experts and routers ----------------------------------------------------------------------------------
-def attention_mask(length, prefix=None, past=0, device=None):
-    """Which token sees which: a bool mask, True where the row's token sees the column's.
+# `--recipe paper`: the published form of everything that this file changes. The learning rate and
+# the sizes are not part of it: the release trains for 100,000 steps (10,000 of them warm-up) with
+# learning rate 3e-4, which takes far more time. It has d_model 128 (AD on MuJoCo 256), 8 heads (DPT
+# on MuJoCo 4), batch 32 (AD on MuJoCo 24) and dropout 0.05.
+PAPER = {
+    "late_episode": False,
+    "worse_episodes": False,
+    "clean_targets": False,
+    "guests": False,
+    "remember_best": False,
+    "grow_prompt": False,
+    "policy": "squared",
+    "sample": "never",
+    "optimizer": "adamw",
+    "stride": 1,
+}
 
-    Without `prefix`: `length` causal tokens behind `past` cached ones, (L, past + L). With `prefix` (B, Q): the rows of
-    the Q queries that end the sequence, (B, 1, Q, L). Query q sees the first prefix[:, q] context tokens and itself.
+# What differs between the modes. The weights of the balance loss are those of the release.
+MODES = {"dpt": {}, "ad": {"context": 4, "batch": 16, "w_imp": 0.1, "w_load": 0.1}}
+
+
+def preset(env="point_robot", mode="dpt", recipe="ours", **given):
+    """The Config for a task family, a mode and a recipe ("ours" or "paper"); `given` goes on top.
+
+    The settings of a family are `training` in its class in envs.py.
     """
-    if prefix is None:
-        return torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
-    Q = prefix.shape[1]
-    context = torch.arange(length - Q, device=device) < prefix[..., None]  # (B, Q, L - Q)
-    itself = torch.eye(Q, dtype=torch.bool, device=device).expand(len(prefix), Q, Q)
-    return torch.cat([context, itself], dim=2)[:, None]
+    require(mode in MODES, f"--mode must be one of {', '.join(MODES)}")
+    require(recipe in ("ours", "paper"), "--recipe must be ours or paper")
+    fields = {"env": env, "mode": mode} | MODES[mode]
+    if env in ENVS:
+        fields |= ENVS[env].training.get(mode, {})
+    if recipe == "paper":
+        fields |= PAPER
+    return Config(**fields | given)
+
+
+# ---- Who sees what -------------------------------------------------------------------------------
+
+
+def who_sees_what(n, seen):
+    """The matrix `sees`, (B, Q, n + Q) bool: True where the row's token sees the column's token.
+
+    It has a row for each of the Q queries: query q sees the first seen[b, q] of the n context
+    tokens, and itself. Context tokens have no row, because all of them are causal: each of them
+    sees what is before it, and itself. Example: a context of two steps, n = 6, and two queries, the
+    first of which sees one step: seen = (3, 6).
+
+             s a r s a r q1 q2
+        s    1
+        a    1 1
+        r    1 1 1                    causal, not in `sees`
+        s    1 1 1 1
+        a    1 1 1 1 1
+        r    1 1 1 1 1 1
+        q1   1 1 1       1            sees =  1 1 1 0 0 0 1 0
+        q2   1 1 1 1 1 1    1                 1 1 1 1 1 1 0 1
+    """
+    token = torch.arange(n + seen.shape[1], device=seen.device)
+    itself = token == token[n:, None]  # (Q, n + Q)
+    return (token < seen[..., None]) | itself
+
+
+def attend(q, k, v, sees):
+    """Attention to what each token sees: q (B, heads, L, w), k and v (B, heads, past + L, w).
+
+    The first n = L - (rows of `sees`) tokens are causal. There are none if there is a past.
+    """
+    n = q.shape[2] - sees.shape[1]
+    y = F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=sees[:, None])
+    if n > 0:  # the kernel computes half of the scores if it knows that they are causal
+        k, v = k[:, :, :n], v[:, :, :n]
+        causal = F.scaled_dot_product_attention(q[:, :, :n], k, v, is_causal=True)
+        y = torch.cat([causal, y], dim=2)
+    return y
+
+
+def mean_of_seen(h, sees, n):
+    """The mean of h (B, past + L, D) over the tokens that each token sees: (B, L, D).
+
+    The first n tokens have no row in `sees` and are causal, as in `attend`.
+    """
+    weights = sees.to(h.dtype)
+    mean = (weights / weights.sum(-1, keepdim=True)) @ h
+    if n > 0:
+        count = torch.arange(1, n + 1, device=h.device)[:, None]
+        mean = torch.cat([h[:, :n].cumsum(1) / count, mean], dim=1)
+    return mean
+
+
+class Cache:
+    """What the layers have computed for the past tokens of an agent that acts. It only stores.
+
+    No later token changes any of it, so that acting with a cache equals the full forward pass, if
+    the context only grows at its end.
+    """
+
+    def __init__(self, capacity):
+        self.capacity = capacity  # tokens
+        self.length = 0  # past tokens; what is stored behind them is overwritten
+        self.stored = {}
+
+    def extend(self, key, new):
+        """Puts new (..., L, w) behind the past of `key` and returns both, (..., past + L, w)."""
+        if key not in self.stored:
+            self.stored[key] = new.new_empty(*new.shape[:-2], self.capacity, new.shape[-1])
+        end = self.length + new.shape[-2]
+        self.stored[key][..., self.length : end, :] = new
+        return self.stored[key][..., :end, :]
+
 
 class Attention(nn.Module):
-    """Multi-head attention. The last tokens, one for each row of `mask`, see what it says; all others are causal."""
-    def __init__(self, d_model, n_heads, index):
+    """Multi-head attention to the tokens that a token sees."""
+
+    def __init__(self, d_model, n_heads):
         super().__init__()
-        self.n_heads, self.index = n_heads, index
+        self.n_heads = n_heads
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
 
-    def forward(self, x, mask=None, cache=None):
-        """x (B, L, D), the tokens behind those in `cache` -> (B, L, D)."""
-        B, L, D = x.shape
-        q, k, v = self.qkv(x).view(B, L, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, L, D / heads)
+    def forward(self, x, sees, cache=None):
+        """x (B, L, D) -> (B, L, D)."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.n_heads, -1))  # (B, L, 3, heads, D / heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, D / heads) each
         if cache is not None:
-            k, v = cache.append(self.index, k, v)  # (B, heads, past + L, D / heads)
-        n, parts = L if mask is None else L - mask.shape[-2], []  # n causal tokens, which come first
-        if n > 0:  # is_causal lets the kernel skip half of the work, a mask does not
-            parts.append(F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], is_causal=True))
-        if n < L:
-            parts.append(F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=mask))
-        return self.out(torch.cat(parts, dim=2).transpose(1, 2).reshape(B, L, D))
+            k = cache.extend((self, "k"), k)  # (B, heads, past + L, D / heads)
+            v = cache.extend((self, "v"), v)
+        y = attend(q, k, v, sees)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+# ---- Experts and routers -------------------------------------------------------------------------
+
 
 def multiply_by_expert(x, weights, ends):
-    """Rows ends[i - 1] to ends[i] of x (N, d_in) times weights[i] (d_in, d_out), for all experts i: (N, d_out)."""
-    on_cpu = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
-    if on_cpu or (x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (9, 0)):
-        return F.grouped_mm(x, weights, offs=ends)
-    return torch.cat([rows @ w for rows, w in zip(x.tensor_split(ends[:-1].tolist()), weights)])
+    """Each expert's rows of x times its weights: x (rows, d_in), weights M times (d_in, d_out).
+
+    The rows up to ends[0] belong to expert 0, those from ends[0] to ends[1] to expert 1, and so on.
+    """
+    if x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability() >= (9, 0):
+        # One kernel for all experts. It reads `ends` on the GPU, so the CPU need not wait for it.
+        return F.grouped_mm(x, torch.stack(list(weights)).to(x.dtype), offs=ends)
+    parts = x.tensor_split(ends[:-1].tolist())
+    return torch.cat([part @ w for part, w in zip(parts, weights)])
+
 
 class Experts(nn.Module):
-    """`num` two-layer networks without biases; each token is computed by the experts chosen for it and no others."""
-    def __init__(self, num, d_in, hidden, d_out):  # the weights are lists, because Muon takes matrices only
+    """`num` networks of two layers without biases. Only the chosen ones compute a token."""
+
+    def __init__(self, num, d_in, hidden, d_out):
         super().__init__()
-        self.w1 = nn.ParameterList(torch.empty(d_in, hidden).uniform_(-1, 1) * d_in**-0.5 for _ in range(num))
-        self.w2 = nn.ParameterList(torch.empty(hidden, d_out).uniform_(-1, 1) * hidden**-0.5 for _ in range(num))
+        # Lists of matrices, because the optimizer Muon takes matrices only.
+        self.w1 = nn.ParameterList(self.matrix(d_in, hidden) for _ in range(num))
+        self.w2 = nn.ParameterList(self.matrix(hidden, d_out) for _ in range(num))
+
+    @staticmethod
+    def matrix(rows, columns):
+        return torch.empty(rows, columns).uniform_(-1, 1) * rows**-0.5
 
     def forward(self, h, gates, chosen):
-        """sum_j gates[j] E_chosen[j](h): h (..., d_in), gates and chosen (..., k) -> (..., d_out)."""
-        if torch.is_autocast_enabled(h.device.type):  # autocast does not cover grouped_mm
+        """sum_j gates[j] E_chosen[j](h): h (B, L, d_in), the others (B, L, k) -> (B, L, d_out).
+
+        In two lines, where all experts compute all tokens, and most gates are 0:
+
+            gate = torch.zeros(B, L, num).scatter(2, chosen, gates)
+            y = sum(gate[..., i, None] * (F.gelu(h @ w1[i]) @ w2[i]) for i in range(num))
+
+        What follows is the same without the products that a gate of 0 would cancel.
+        """
+        if torch.is_autocast_enabled(h.device.type):
             h = h.to(torch.get_autocast_dtype(h.device.type))
-        rows = h.flatten(0, -2)  # (N, d_in)
-        # The N * k pairs of token and expert, sorted by expert. Example: chosen is (0, 2), (2, 1), (0, 1).
+        rows = h.flatten(0, 1)  # (B * L, d_in)
+        # The pairs of token and expert, sorted by expert. Example: chosen = (0, 2), (2, 1), (0, 1).
         expert, order = chosen.flatten().sort(stable=True)  # 0 0 1 1 2 2
         token = order // chosen.shape[-1]  # 0 2 1 2 0 1
-        ends = torch.searchsorted(expert, torch.arange(len(self.w1), device=h.device), right=True).int()  # 2 4 6
-        w1, w2 = (torch.stack(list(w)).to(h.dtype) for w in (self.w1, self.w2))
-        y = F.gelu(multiply_by_expert(rows[token], w1, ends))
-        y = multiply_by_expert(y, w2, ends) * gates.flatten()[order, None]
-        return y.new_zeros(len(rows), y.shape[1]).index_add(0, token, y).view(*h.shape[:-1], -1)
+        experts = torch.arange(len(self.w1), device=h.device)
+        ends = torch.searchsorted(expert, experts, right=True).int()  # 2 4 6
+        y = F.gelu(multiply_by_expert(rows[token], self.w1, ends))
+        y = multiply_by_expert(y, self.w2, ends) * gates.flatten()[order, None]
+        sums = y.new_zeros(len(rows), y.shape[1]).index_add(0, token, y)  # over a token's experts
+        return sums.view(*h.shape[:2], -1)
+
 
 class Routing(NamedTuple):
-    """What a router decided for each row of its input."""
-    logits: torch.Tensor  # (..., E) before noise
-    gates: torch.Tensor  # (..., k) weights of the chosen experts, which sum to 1
-    chosen: torch.Tensor  # (..., k) their indices
-    importance: torch.Tensor  # (..., E) the gates by expert; their sum over tokens is Imp
-    load: torch.Tensor | None  # (..., E) P(expert is among the top k), whose sum is Load; None where there is no noise
+    """What the router of an MoE decides for each token."""
 
-class MoE(nn.Module):
-    """A router, which chooses `config.top_k` of `num_experts` experts for each token, and these experts.
+    moe: nn.Module
+    inputs: torch.Tensor  # (B, L, D) what the router sees: the token, or the mean of what it sees
+    logits: torch.Tensor  # (B, L, M) its logits, before noise
+    gates: torch.Tensor  # (B, L, k) the weights of the chosen experts, which sum to 1
+    chosen: torch.Tensor  # (B, L, k) the indices of these experts
+    load: torch.Tensor | None = None  # (B, L, M) P(expert is chosen), where there is noise
+    unread: int = 0  # so many tokens, the first ones, skip the experts: nothing reads the outputs
 
-    A `noisy` router adds noise to its logits while training. So a token also tries experts that just miss the top k,
-    and the probability that it chooses an expert has a gradient; over all tokens its sum is the expert's load (2).
+    def importance(self, first=0):
+        """Imp (M,): the gates of each expert, summed over the tokens from `first` on."""
+        gates = torch.zeros_like(self.logits).scatter(-1, self.chosen, self.gates)  # (B, L, M)
+        return gates[:, first:].sum((0, 1))
+
+    def experts_used(self):
+        """How many experts compute the tokens that are read: exp(entropy of their shares), 1 to M.
+
+        By default these are the queries, see `T2MIRLayer.forward`. If it is hardly more than k,
+        nearly all tokens use the same experts: the router collapsed.
+        """
+        computed = self.importance(self.unread)
+        share = computed / computed.sum()
+        return torch.special.entr(share).sum().exp()
+
+
+def top_k_gates(logits, k):
+    """softmax(topk(logits)): the gates and the indices of the k best experts, (B, L, k) each."""
+    top, chosen = logits.topk(k, dim=-1)
+    return top.softmax(-1), chosen
+
+
+class TokenMoE(nn.Module):
+    """(1) Token-wise MoE: y_tok = sum_i w_tok(i; h) E_i(h), where w_tok = softmax(topk(G_tok(h))).
+
+    While training, the router adds noise to its logits: G_tok(h) + eps softplus(h W_noise), with
+    eps drawn from a standard normal distribution. A token then also tries experts that just miss
+    the top k, and the probability that an expert is chosen has a gradient, which (2) needs.
     """
-    def __init__(self, c, num_experts, hidden, d_out, noisy):
+
+    def __init__(self, c, hidden, d_out):
         super().__init__()
         self.top_k = c.top_k
-        self.router = nn.Linear(c.d_model, num_experts, bias=False)  # G
-        self.noise = nn.Linear(c.d_model, num_experts, bias=False) if noisy else None  # W_noise
-        self.experts = Experts(num_experts, c.d_model, hidden, d_out)
+        self.router = nn.Linear(c.d_model, c.token_experts, bias=False)  # G_tok
+        self.noise = nn.Linear(c.d_model, c.token_experts, bias=False)  # W_noise
+        self.experts = Experts(c.token_experts, c.d_model, hidden, d_out)
 
-    def route(self, h):
-        """softmax(topk(G(h))): h (..., d_model) -> Routing, in float32, because small differences decide."""
-        with torch.autocast(h.device.type, enabled=False):
-            clean = noisy = self.router(h)  # (..., E)
-            load = None
-            if self.noise is not None and self.training:
-                sigma = F.softplus(self.noise(h)) + 1e-2  # the constant keeps the division in the load finite
-                noisy = clean + torch.randn_like(clean) * sigma
-                load = load_probability(clean, noisy, sigma, self.top_k)
-            top, chosen = noisy.topk(self.top_k, dim=-1)
-            gates = top.softmax(-1)
-            return Routing(clean, gates, chosen, torch.zeros_like(clean).scatter(-1, chosen, gates), load)
+    def route(self, h, sees, cache=None):
+        """h (B, L, D) -> Routing. What the tokens see does not matter here."""
+        clean = self.router(h)  # (B, L, M)
+        if not self.training:
+            return Routing(self, h, clean, *top_k_gates(clean, self.top_k))
+        sigma = F.softplus(self.noise(h)) + 1e-2  # never 0, because the load divides by it
+        noisy = clean + torch.randn_like(clean) * sigma
+        load = load_probability(clean, noisy, sigma, self.top_k)
+        return Routing(self, h, clean, *top_k_gates(noisy, self.top_k), load)
 
-    def forward(self, h, routed_by, select=slice(None)):
-        """h, routed_by (B, L, d_model) -> y (B, l, d_out) of the tokens h[:, select], and the Routing of all tokens."""
-        routing = self.route(routed_by)  # of all tokens: the losses and the log also count those that skip the experts
-        return self.experts(h[:, select], routing.gates[:, select], routing.chosen[:, select]), routing
 
-class TokenMoE(MoE):
-    """(1) Token-wise MoE: y_tok = sum_i w_tok(i; h) E_i(h) with w_tok = softmax(topk(G_tok(h))), routed by h itself."""
-    def __init__(self, c, hidden, d_out):
-        super().__init__(c, c.token_experts, hidden, d_out, noisy=True)
+class TaskMoE(nn.Module):
+    """(3) Task-wise MoE: y_task = sum_i w_task(i; m) E_i(h), w_task = softmax(topk(G_task(m))).
 
-class TaskMoE(MoE):
-    """(3) Task-wise MoE: y_task = sum_i w_task(i; h_mean) E_i(h) with w_task = softmax(topk(G_task(h_mean))).
-
-    The experts act on the token, and the task decides which of them do. The router needs no noise: there is no load
-    to differentiate, and InfoNCE trains all of its logits whichever experts are chosen.
+    The experts compute the token h (the paper's slides write E(m), its release computes E(h)). The
+    task decides which of them do so: m is the mean of all tokens that h sees. A mean over the whole
+    sequence would show the router the future, which AD has to predict. The router has no noise,
+    because InfoNCE trains all of its logits, those of experts that are not chosen as well.
     """
-    def __init__(self, c, hidden, d_out):
-        super().__init__(c, c.task_experts, hidden, d_out, noisy=False)
-        self.momentum = c.momentum
-        self.key_router = copy.deepcopy(self.router).requires_grad_(False)  # it lags, so the keys are steadier
-        self.W = nn.Parameter(torch.eye(len(self.router.weight)))  # bilinear score of InfoNCE
 
-    def contrast(self, z, h_mean, task_ids):
-        """InfoNCE (4) of the logits z (B, E) with keys, which the key router makes of h_mean (B, d_model), detached."""
-        with torch.autocast(z.device.type, enabled=False):
-            return info_nce(z, self.key_router(h_mean.detach()), self.W, task_ids)
+    def __init__(self, c, hidden, d_out):
+        super().__init__()
+        self.top_k = c.top_k
+        self.momentum = c.momentum
+        self.router = nn.Linear(c.d_model, c.task_experts, bias=False)  # G_task
+        self.experts = Experts(c.task_experts, c.d_model, hidden, d_out)
+        # A copy that follows the router slowly makes the keys, with which InfoNCE compares.
+        self.key_router = copy.deepcopy(self.router).requires_grad_(False)
+        self.W = nn.Parameter(torch.eye(c.task_experts))  # the bilinear score of InfoNCE
+
+    def route(self, h, sees, cache=None):
+        """h (B, L, D) -> Routing."""
+        tokens = h
+        if cache is not None:
+            tokens = cache.extend(self, h)  # (B, past + L, D)
+        m = mean_of_seen(tokens, sees, h.shape[1] - sees.shape[1])  # (B, L, D)
+        logits = self.router(m)  # (B, L, M)
+        return Routing(self, m, logits, *top_k_gates(logits, self.top_k))
+
+    def contrast(self, routing, token, task_ids):
+        """InfoNCE (4) of the router's outputs at position `token` of the sequences in a batch.
+
+        Its gradient trains W, the router, and through m all that is below: attention, embeddings
+        and earlier blocks. The keys have no gradient, and the key router only follows the router.
+        """
+        keys = self.key_router(routing.inputs[:, token].detach())  # (B, M)
+        return info_nce(routing.logits[:, token], keys, self.W, task_ids)
 
     @torch.no_grad()
     def update_key_router(self):
-        """Moves the key router a little towards the router after each training step (1 - momentum is the m of MoCo)."""
+        """Moves the key router a little towards the router, as in MoCo (He et al. 2020)."""
         self.key_router.weight.lerp_(self.router.weight, self.momentum)
 
-def prefix_mean(h, prefix=None, past_sum=0.0, past=0):  # past_sum (B, 1, d_model), the sum over the `past` tokens
-    """Mean of the layer's inputs over the tokens that each token may attend to, itself included: (B, L, d_model).
 
-    A mean over the whole sequence would show AD's router the future. `prefix` and `past`: as in `attention_mask`.
-    """
-    n = h.shape[1] if prefix is None else h.shape[1] - prefix.shape[1]  # context tokens, which come first
-    sums = h[:, :n].cumsum(1) + past_sum
-    means = sums / (past + torch.arange(1, n + 1, device=h.device))[:, None]
-    if prefix is None:
-        return means
-    before = F.pad(sums, (0, 0, 1, 0)).take_along_dim(prefix[..., None], dim=1)  # (B, Q, d_model), sum of the prefix
-    return torch.cat([means, (before + h[:, n:]) / (prefix[..., None] + 1)], dim=1)
+# ---- The terms of the objective ------------------------------------------------------------------
 
-# ---- Losses ----------------------------------------------------------------------------------------------------------
+
 def cv_squared(x):
-    """Squared coefficient of variation, variance / mean^2, of a vector (E,): 0 if all experts have the same share."""
+    """CV(x)^2 = variance / mean^2 of x (M,) in (2); it is 0 if all experts have the same share."""
     return x.var(correction=0) / (x.mean() ** 2 + 1e-10)
 
-def load_probability(clean, noisy, sigma, k):
-    """P(expert i is among the top k if only its own noise were drawn again), (..., E) (Shazeer et al. 2017, app. A).
 
-    clean, noisy, sigma (..., E): logits without and with noise, deviation of the noise. The threshold is the k-th
-    largest noisy logit of the others. Example: clean = noisy = (3, 2, 1), sigma 1, k = 2. The thresholds are (1, 1, 2),
-    the loads Phi(2), Phi(1), Phi(-1) = 0.98, 0.84, 0.16. Counting the choices gives 1, 1, 0, without a gradient.
+def load_probability(clean, noisy, sigma, k):
+    """P(expert i is in the top k if only its own noise were drawn again), (..., M).
+
+    clean, noisy, sigma (..., M): logits without and with noise, and the deviation of the noise. The
+    threshold is the k-th largest noisy logit of the others (Shazeer et al. 2017, appendix A).
+    Example: clean = noisy = (3, 2, 1), sigma = 1, k = 2. The thresholds are (1, 1, 2), the loads
+    Phi(2), Phi(1), Phi(-1) = 0.98, 0.84, 0.16. The number of choices, 1, 1, 0, has no gradient.
     """
     top = noisy.topk(k + 1, dim=-1).values
-    kth, next_best = top[..., k - 1 : k], top[..., k : k + 1]
-    threshold = torch.where(noisy >= kth, next_best, kth)  # those of the top k are not their own rivals
+    kth = top[..., k - 1 : k]
+    next_best = top[..., k : k + 1]
+    threshold = torch.where(noisy >= kth, next_best, kth)  # an expert is not its own rival
     return torch.special.ndtr((clean - threshold) / sigma)
 
-def info_nce(z, k, W, task_ids):
-    """(4) InfoNCE: mean over i of -log [sum_pos exp(z_i W k_p) / (sum_pos exp(z_i W k_p) + sum_neg exp(z_i W k_n))].
 
-    z (B, E) router outputs, k (B, E) those of the key router, W (E, E), task_ids (B,) int. Positives are the other
-    sequences of i's task (one, with two sequences per task), negatives the B - 2 of other tasks; i itself is neither.
+def info_nce(z, k, W, task_ids):
+    """(4) InfoNCE: mean over i of -log [sum_pos exp(z_i W k_p) / sum_pos and neg exp(z_i W k)].
+
+    z (B, M) router outputs, k (B, M) outputs of the key router, W (M, M), task_ids (B,). Positives
+    are the other sequences of i's task (one of them, with two sequences of each task), negatives
+    are the B - 2 sequences of other tasks. A router that knows nothing of the task has log(B - 1):
+    3.43 in a batch of 32, 2.71 in one of 16.
+
+    The paper's reason: I >= log(B - 1) - loss, where I is the mutual information between the task
+    and the router's output (van den Oord et al. 2018), so a smaller loss means more information.
+    The bound needs negatives from all tasks; here and in the release they are from other tasks.
     """
-    scores = z @ W @ k.T  # (B, B)
+    similarity = z @ W @ k.T  # (B, B)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     positive = (task_ids[:, None] == task_ids) & ~itself
-    all_others = scores.masked_fill(itself, -math.inf).logsumexp(1)
-    return (all_others - scores.masked_fill(~positive, -math.inf).logsumexp(1)).mean()
+    positives_and_negatives = similarity.masked_fill(itself, -math.inf).logsumexp(1)
+    positives = similarity.masked_fill(~positive, -math.inf).logsumexp(1)
+    return (positives_and_negatives - positives).mean()
 
-def neg_log_prob(actions, mean, log_std):
-    """-log P of actions under a Gaussian policy, up to a constant, for each action dimension: (..., act_dim).
 
-    Where targets have no noise, the deviation says how little the agent knows of its task; sampling then explores.
-    """
-    return ((actions - mean) * (-log_std).exp()).square() / 2 + log_std
+# ---- Policies: what is predicted at a query ------------------------------------------------------
 
-def experts_used(routing):
-    """Experts that a router uses over all tokens: exp of the entropy of mean gates, from 1 to E; near k: a collapse."""
-    return torch.special.entr(routing.importance.detach().flatten(0, -2).mean(0)).sum().exp()
 
-# ---- Layer, block and model ------------------------------------------------------------------------------------------
-class T2MIRLayer(nn.Module):
-    """(5) T2MIR layer: concat(y_tok, y_task), each d / 2 wide; an MoE that stands alone is d wide.
+class Policy(nn.Module):
+    """A distribution over actions, computed from the output at a query, x (..., D)."""
 
-    With top_k 2 a token meets 12 d^2 weights, as in a dense layer of width 6 d: with both MoEs four experts of
-    (d -> 2 d -> d / 2), with one MoE two experts of (d -> 3 d -> d).
-    """
-    def __init__(self, c, index):
+    numbers = 1  # outputs of the head for each action dimension
+    discrete = False
+
+    def __init__(self, d_model, act_dim):
         super().__init__()
-        self.index, d = index, c.d_model
-        hidden, d_out = (2 * d, d // 2) if c.token_moe and c.task_moe else (3 * d, d)
-        self.token_moe = TokenMoE(c, hidden, d_out) if c.token_moe else None
-        self.task_moe = TaskMoE(c, hidden, d_out) if c.task_moe else None
+        self.act_dim = act_dim  # dimensions of an action, or the number of discrete actions
+        self.head = nn.Linear(d_model, self.numbers * act_dim)
 
-    def forward(self, h, prefix=None, cache=None, select=slice(None)):
-        """h (B, L, d) -> outputs (B, l, d) of the tokens h[:, select], and what was routed: a dict, see `T2MIR.act`."""
-        outputs, routed = [], {"layer": self}
-        if self.token_moe is not None:
-            y, routed["token"] = self.token_moe(h, h, select)
-            outputs.append(y)
-        if self.task_moe is not None:
-            h_mean = routed["h_mean"] = prefix_mean(h, prefix) if cache is None else cache.prefix_mean(self.index, h)
-            y, routed["task"] = self.task_moe(h, h_mean, select)
-            outputs.append(y)
-        return torch.cat(outputs, dim=-1), routed
+    def vectors(self, actions):
+        """Actions as the transformer reads them, (..., act_dim)."""
+        return actions.to(self.head.weight.dtype)
+
+    def loss(self, x, actions):
+        """L_action, a scalar."""
+        return self.neg_log_prob(x, actions).mean()
+
+
+class SquaredErrorPolicy(Policy):
+    """The published policy: a single action in [-1, 1], trained by its squared error."""
+
+    def neg_log_prob(self, x, actions):
+        """(a - mean)^2: -log P of a normal distribution with variance 1/2, up to a constant."""
+        return (actions - self.head(x).tanh()).square()
+
+    def sample(self, x, greedy, rng):
+        """Actions (..., act_dim). They are not random."""
+        return self.head(x).tanh()
+
+
+class GaussianPolicy(Policy):
+    """A normal distribution for each action dimension, with a learned deviation from 0.05 to 1.
+
+    Where the targets have no noise, the deviation says how little the agent knows of its task. An
+    agent that samples its actions therefore explores a new task until it knows it.
+    """
+
+    numbers = 2
+
+    def forward(self, x):
+        """The mean and the log of the deviation, (..., act_dim) each."""
+        mean, log_std = self.head(x).chunk(2, dim=-1)
+        return mean.tanh(), -3 * log_std.sigmoid()
+
+    def neg_log_prob(self, x, actions):
+        """-log P of actions (..., act_dim) for each action dimension, up to a constant."""
+        mean, log_std = self(x)
+        return ((actions - mean) / log_std.exp()).square() / 2 + log_std
+
+    def loss(self, x, actions):
+        """L_action: -log P times the deviation (beta-NLL with beta 0.5, Seitzer et al. 2022).
+
+        The gradient of -log P for the mean is (mean - a) / std^2, which is large where the agent is
+        already sure. Times std^2 it would be that of a squared error; times std it is in between.
+        """
+        _, log_std = self(x)
+        return (self.neg_log_prob(x, actions) * log_std.detach().exp()).mean()
+
+    def sample(self, x, greedy, rng):
+        """Actions (..., act_dim); the means if `greedy`."""
+        mean, log_std = self(x)
+        if greedy:
+            return mean
+        noise = torch.randn(mean.shape, generator=rng, device=x.device)
+        return (mean + log_std.exp() * noise).clamp(-1, 1)
+
+
+class CategoricalPolicy(Policy):
+    """Probabilities of discrete actions 0, 1, 2, ..., trained by cross-entropy."""
+
+    discrete = True
+
+    def vectors(self, actions):
+        return F.one_hot(actions.long(), self.act_dim).to(self.head.weight.dtype)
+
+    def neg_log_prob(self, x, actions):
+        """-log P of actions (B, Q) int, the cross-entropy: (B, Q)."""
+        return F.cross_entropy(self.head(x).movedim(-1, 1), actions.long(), reduction="none")
+
+    def sample(self, x, greedy, rng):
+        """Actions (...) int; the most probable ones if `greedy`."""
+        logits = self.head(x)
+        if greedy:
+            return logits.argmax(-1)
+        p = logits.softmax(-1).flatten(0, -2)
+        return p.multinomial(1, generator=rng).view(logits.shape[:-1])
+
+
+POLICIES = {"squared": SquaredErrorPolicy, "gaussian": GaussianPolicy}
+
+# ---- Layer, block and model ----------------------------------------------------------------------
+
+
+class T2MIRLayer(nn.Module):
+    """(5) T2MIR layer: concat(y_tok, y_task), each d / 2 wide; an MoE that is alone is d wide.
+
+    With top_k = 2 a token uses 12 d^2 weights, as in a dense layer of width 6 d. With both MoEs
+    these are four experts (d -> 2 d -> d / 2) of 3 d^2 weights each, two in each MoE; all 6 + 8
+    experts have 42 d^2 weights. With one MoE they are two experts (d -> 3 d -> d).
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        d = c.d_model
+        if c.token_moe and c.task_moe:
+            hidden = 2 * d
+            d_out = d // 2
+        else:
+            hidden = 3 * d
+            d_out = d
+        self.moes = nn.ModuleList()
+        if c.token_moe:
+            self.moes.append(TokenMoE(c, hidden, d_out))
+        if c.task_moe:
+            self.moes.append(TaskMoE(c, hidden, d_out))
+
+    def forward(self, h, sees, cache, unread):
+        """h (B, L, d) -> the outputs of the tokens h[:, unread:], and a Routing for each MoE.
+
+        By default, and in the release, this layer stands in the last block. There nothing reads its
+        outputs at the context tokens, so its experts compute the queries only. The context tokens
+        are routed all the same: the balance loss (2) trains their token-wise routing, and InfoNCE
+        (4) the task-wise routing of the last context token.
+        """
+        outputs = []
+        routings = []
+        for moe in self.moes:
+            with torch.autocast(h.device.type, enabled=False):  # small differences decide
+                routing = moe.route(h, sees, cache)._replace(unread=unread)
+            gates = routing.gates[:, unread:]
+            chosen = routing.chosen[:, unread:]
+            outputs.append(moe.experts(h[:, unread:], gates, chosen))
+            routings.append(routing)
+        return torch.cat(outputs, dim=-1), routings
+
 
 class Block(nn.Module):
-    """Pre-norm transformer block: attention, then a T2MIR layer if `moe_layers` names the block, else a dense layer."""
+    """Pre-norm transformer block: attention, then a T2MIR layer or a dense layer."""
+
     def __init__(self, c, index):
         super().__init__()
-        d, named = c.d_model, index in c.moe_blocks
-        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.attention = Attention(d, c.n_heads, index)
+        d = c.d_model
+        named = index in [i % c.n_layers for i in c.moe_layers]
+        self.last = index == c.n_layers - 1
+        self.norm1 = nn.LayerNorm(d)
+        self.attention = Attention(d, c.n_heads)
+        self.norm2 = nn.LayerNorm(d)
+        self.moe = None
+        if named and (c.token_moe or c.task_moe):
+            self.moe = T2MIRLayer(c)
+        else:
+            width = 4 * d
+            if named:  # plain AD or DPT: as many weights as a token uses in the T2MIR layer
+                width = 6 * d
+            first = nn.Linear(d, width, bias=False)
+            self.mlp = nn.Sequential(first, nn.GELU(), nn.Linear(width, d, bias=False))
         self.dropout = nn.Dropout(c.dropout)
-        self.moe = T2MIRLayer(c, index) if named and (c.token_moe or c.task_moe) else None
-        if self.moe is None:
-            width = 6 * d if named else 4 * d  # a baseline spends 6 d where the T2MIR layer would be
-            self.mlp = nn.Sequential(nn.Linear(d, width, bias=False), nn.GELU(), nn.Linear(width, d, bias=False))
 
-    def forward(self, x, mask=None, prefix=None, cache=None, select=slice(None)):
-        """x (B, L, d) -> outputs (B, l, d) of the tokens x[:, select], and what the T2MIR layer routed, or None."""
-        x = x + self.dropout(self.attention(self.norm1(x), mask, cache))
+    def forward(self, x, sees, cache=None):
+        """x (B, L, d) -> outputs (B, L, d), in the last block (B, rows of `sees`, d); Routings."""
+        x = x + self.dropout(self.attention(self.norm1(x), sees, cache))
         h = self.norm2(x)
-        y, routed = (self.mlp(h[:, select]), None) if self.moe is None else self.moe(h, prefix, cache, select)
-        return x[:, select] + self.dropout(y), routed  # (5) the residual sum
+        unread = 0
+        if self.last:
+            unread = x.shape[1] - sees.shape[1]
+        routings = []
+        if self.moe is not None:
+            y, routings = self.moe(h, sees, cache, unread)
+        else:
+            y = self.mlp(h[:, unread:])
+        return x[:, unread:] + self.dropout(y), routings  # (5) the residual sum
+
+
+class Steps(NamedTuple):
+    """S steps of one or more episodes, one after the other, in each of B sequences."""
+
+    states: torch.Tensor  # (B, S, obs_dim)
+    actions: torch.Tensor  # (B, S, act_dim), or (B, S) int if actions are discrete
+    rewards: torch.Tensor  # (B, S)
+    times: torch.Tensor  # (1, S) the time of a step in its episode
+
+    def part(self, start, stop):
+        """The steps from `start` to `stop`."""
+        return Steps(*(x[:, start:stop] for x in self))
+
+    def to(self, device):
+        return Steps(*(x.to(device) for x in self))
+
+
+class Batch(NamedTuple):
+    """B sequences: a context and Q queries behind it."""
+
+    context: Steps
+    queries: torch.Tensor  # (B, Q, obs_dim) states in which an action is predicted
+    query_times: torch.Tensor  # (B, Q) their times in the episode; T if they have none
+    seen: torch.Tensor  # (B, Q) how many steps of the context each query sees
+    targets: torch.Tensor  # (B, Q, act_dim) the actions to predict, or (B, Q) int
+    task_ids: torch.Tensor  # (B,)
+
+    def to(self, device):
+        return Batch(*(x.to(device) for x in self))
+
 
 class T2MIR(nn.Module):
-    """The agent: a transformer over (state, action, reward) tokens that predicts actions, for both backbones."""
-    def __init__(self, c, sizes):  # a Config, and a dict of obs_dim, act_dim, horizon and num_tasks
+    """The agent: a transformer over (state, action, reward) tokens that predicts actions."""
+
+    def __init__(self, c, sizes):
+        """sizes: a dict of obs_dim, act_dim, discrete and horizon, see `sizes_of`."""
         super().__init__()
-        self.config, self.sizes, self.horizon = c, sizes, sizes["horizon"]
-        self.register_buffer("state_mean", torch.zeros(sizes["obs_dim"]))
-        self.register_buffer("state_std", torch.ones(sizes["obs_dim"]))
-        self.embed_state = nn.Linear(sizes["obs_dim"], c.d_model)
-        self.embed_action = nn.Linear(sizes["act_dim"], c.d_model)
-        self.embed_reward = nn.Linear(1, c.d_model)
-        self.embed_time = nn.Embedding(self.horizon + 1, c.d_model)  # the last row is for DPT's queries
+        self.config = c
+        self.sizes = sizes
+        self.horizon = sizes["horizon"]
+        obs_dim = sizes["obs_dim"]
+        act_dim = sizes["act_dim"]
+        d = c.d_model
+        policy = POLICIES[c.policy]
+        if sizes["discrete"]:
+            policy = CategoricalPolicy
+        # Means and deviations of the training data, in float64 because offsets may be large.
+        self.register_buffer("state_mean", torch.zeros(obs_dim, dtype=torch.float64))
+        self.register_buffer("state_std", torch.ones(obs_dim, dtype=torch.float64))
+        self.register_buffer("reward_mean", torch.zeros(1, dtype=torch.float64))
+        self.register_buffer("reward_std", torch.ones(1, dtype=torch.float64))
+        self.embed_state = nn.Linear(obs_dim, d)
+        self.embed_action = nn.Linear(act_dim, d)
+        self.embed_reward = nn.Linear(1, d)
+        self.embed_time = nn.Embedding(self.horizon + 1, d)  # the last row is for DPT's queries
         self.dropout = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(Block(c, i) for i in range(c.n_layers))
-        self.norm = nn.LayerNorm(c.d_model)
-        self.head = nn.Linear(c.d_model, 2 * sizes["act_dim"])  # mean and log deviation of a Gaussian
+        self.norm = nn.LayerNorm(d)
+        self.policy = policy(d, act_dim)
 
-    def state_tokens(self, states, times):
-        """States (B, S, obs_dim) at `times` (S,), (B, S) or one for all -> tokens (B, S, D)."""
-        return self.embed_state((states - self.state_mean) / self.state_std) + self.embed_time.weight[times]
+    def normalise(self, x, mean, std):
+        """(x - mean) / std, in the type of the model's weights."""
+        return ((x.double() - mean) / std).to(self.norm.weight.dtype)
 
-    def tokens(self, states, actions, rewards, times):
-        """Steps as interleaved tokens: (B, S, obs_dim), (B, S, act_dim), (B, S), times as above -> (B, 3 S, D)."""
-        s, time = self.state_tokens(states, times), self.embed_time.weight[times]
-        a, r = self.embed_action(actions) + time, self.embed_reward(rewards[..., None]) + time
+    def embed_states(self, states, times):
+        """States (B, S, obs_dim) at `times` -> tokens (B, S, D)."""
+        states = self.normalise(states, self.state_mean, self.state_std)
+        return self.embed_state(states) + self.embed_time(times)
+
+    def embed_steps(self, steps):
+        """Steps -> tokens s a r s a r ..., (B, 3 S, D).
+
+        A token knows its time in the episode, but no position in the context: which episode comes
+        first shows only in what a token sees.
+        """
+        rewards = self.normalise(steps.rewards[..., None], self.reward_mean, self.reward_std)
+        when = self.embed_time(steps.times)
+        s = self.embed_states(steps.states, steps.times)
+        a = self.embed_action(self.policy.vectors(steps.actions)) + when
+        r = self.embed_reward(rewards) + when
         return torch.stack([s, a, r], dim=2).flatten(1, 2)
 
-    def act(self, x, prefix=None, cache=None, select=slice(None)):
-        """Tokens x (B, L, D) -> the policy at the tokens x[:, select], and what was routed.
-
-        The policy is a Gaussian: mean in [-1, 1] and log of the deviation, (B, l, act_dim) each. What was routed is a
-        list of dicts, one per T2MIR layer: `layer`, the Routings `token` and `task`, and `h_mean` (B, L, D).
-        """
-        past = 0 if cache is None else cache.length
-        mask = None if prefix is None and past == 0 else attention_mask(x.shape[1], prefix, past, x.device)
-        x, routed = self.dropout(x), []
-        for i, block in enumerate(self.blocks):
-            last = i == len(self.blocks) - 1  # nothing reads its other tokens, so its experts skip them
-            x, r = block(x, mask, prefix, cache, select if last else slice(None))
-            routed += [r] if r else []
-        mean, log_std = self.head(self.norm(x)).chunk(2, dim=-1)
-        return mean.tanh(), -3 * log_std.sigmoid(), routed  # deviations from 0.05 to 1
+    def transform(self, x, sees, cache=None):
+        """Tokens x (B, L, D) -> the outputs at the rows of `sees`, and the Routings of all MoEs."""
+        dtype = self.config.dtype
+        mixed = self.training and (dtype == "bfloat16" or dtype == "auto" and x.is_cuda)
+        routings = []
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=mixed):
+            x = self.dropout(x)
+            for block in self.blocks:
+                x, new = block(x, sees, cache)
+                routings += new
+        return self.norm(x), routings
 
     def predict(self, batch):
-        """The policy at the queries of a batch, which stand behind the context, and what was routed: as `act`."""
-        context = self.tokens(batch["states"], batch["actions"], batch["rewards"], batch["times"])
-        x = torch.cat([context, self.state_tokens(batch["queries"], batch["query_times"])], dim=1)
-        return self.act(x, 3 * batch["seen"], select=slice(context.shape[1], None))
+        """A Batch -> the outputs at its queries, (B, Q, D), for the policy to read; Routings."""
+        context = self.embed_steps(batch.context)
+        queries = self.embed_states(batch.queries, batch.query_times)
+        sees = who_sees_what(context.shape[1], 3 * batch.seen)
+        return self.transform(torch.cat([context, queries], dim=1), sees)
 
     def forward(self, batch):
-        """A batch -> dict of losses (scalars) named as in `Config.loss_weights` and of numbers that are only logged."""
-        mean, log_std, routed = self.predict(batch)  # (B, Q, act_dim)
-        # Beta-NLL with beta 0.5 (Seitzer et al. 2022): the weight is the deviation, without a gradient. Unweighted, the
-        # mean learns most where the agent is sure already; weighted by the variance, it learns as from squared errors.
-        nll = neg_log_prob(batch["targets"], mean, log_std)  # its mean is logged, to be compared with `heldout`
-        losses = defaultdict(float, action=(nll * log_std.detach().exp()).mean(), nll=nll.mean())
-        end = 3 * batch["states"].shape[1] - 1  # the last token of the context
-        for r in routed if self.training else ():
-            if "token" in r:  # (2) balance loss: w_imp CV(Imp)^2 + w_load CV(Load)^2
-                losses["importance"] += cv_squared(r["token"].importance.flatten(0, -2).sum(0))
-                losses["load"] += cv_squared(r["token"].load.flatten(0, -2).sum(0))
-                losses["token_experts"] += experts_used(r["token"]) / len(routed)
-            if "task" in r:  # (4) the task of each sequence as the router sees it at the end of the context
-                z, h_mean = r["task"].logits[:, end], r["h_mean"][:, end]  # (B, E), (B, D)
-                losses["contrastive"] += r["layer"].task_moe.contrast(z, h_mean, batch["task_ids"])
-                losses["task_experts"] += experts_used(r["task"]) / len(routed)
-        return dict(losses)
+        """(6) L = L_action + L_balance + w_con L_InfoNCE of a Batch, and a dict of what is logged.
 
-# ---- The cache, and the two backbones: how they draw a batch and how they act ----------------------------------------
-class Cache:
-    """What past tokens leave behind in each block: keys, values, and the sum of the task-wise MoE's inputs.
-
-    No later token changes any of it, so acting with the cache equals the full forward pass.
-    """
-    def __init__(self, model, batch):
-        c, zeros = model.config, model.state_mean.new_zeros
-        capacity = 3 * c.context * len(range(0, model.horizon, c.stride)) + 1  # tokens: steps and a query
-        self.kv = zeros(c.n_layers, 2, batch, c.n_heads, capacity, c.d_model // c.n_heads)
-        self.sums = zeros(c.n_layers, batch, c.d_model)
-        self.added, self.length = torch.zeros_like(self.sums), 0  # what the newest tokens add; number of past tokens
-
-    def append(self, block, k, v):
-        """Puts k and v (B, heads, L, D / heads) of a block behind its past; returns both with their past."""
-        end = self.length + k.shape[2]
-        self.kv[block, :, :, :, self.length : end] = torch.stack([k, v])
-        return self.kv[block, :, :, :, :end]
-
-    def prefix_mean(self, block, h):
-        """`prefix_mean` of h (B, L, D) behind the block's past."""
-        self.added[block] = h.sum(1)
-        return prefix_mean(h, None, self.sums[block][:, None], self.length)
-
-    def step(self, model, x, keep=True):
-        """Mean and deviation (B, act_dim) of the policy at the last token of x (B, L, D); `keep`: remember x."""
-        mean, log_std, _ = model.act(x, cache=self, select=slice(-1, None))
-        if keep:  # otherwise the next tokens take the place of x
-            self.length += x.shape[1]
-            self.sums += self.added
-        return mean[:, 0], log_std[:, 0].exp()
-
-    def fill(self, model, memory, keep, newest=False):
-        """Replaces the past by the best `keep` episodes of `memory`, the best last; with `newest`, one is the newest.
-
-        An episode is (states, actions, rewards), each (N, T, ...), of which every `stride`-th step is kept.
+        L_balance and L_InfoNCE are summed over the T2MIR layers. The model must be in training
+        mode: without noise there is no load.
         """
-        self.length, keep = 0, min(keep, len(memory))
-        self.sums.zero_()
-        if keep:
-            returns = torch.stack([rewards.sum(1) for _, _, rewards in memory], dim=1)  # (N, n)
-            priority = returns.clone()
-            priority[:, -1] += math.inf if newest else 0.0
-            best = priority.topk(keep).indices  # (N, keep)
-            order = returns.gather(1, best).argsort(dim=1, stable=True)  # by return, the best one last
-            row, stride = torch.arange(len(best), device=best.device)[:, None], model.config.stride
-            parts = [torch.stack(part, 1)[row, best.gather(1, order), ::stride].flatten(1, 2) for part in zip(*memory)]
-            times = torch.arange(0, model.horizon, stride, device=best.device).repeat(keep)
-            self.step(model, model.tokens(*parts, times))
+        c = self.config
+        x, routings = self.predict(batch)
+        token = [r for r in routings if isinstance(r.moe, TokenMoE)]
+        task = [r for r in routings if isinstance(r.moe, TaskMoE)]
+        end = 3 * batch.context.rewards.shape[1] - 1  # the last token, which sees the whole context
 
-def tensors(data, tasks, device):
-    """The arrays of `tasks` (bool mask) as tensors on `device`, and indices of episodes: `by_return`, `own`, `guests`.
+        action = self.policy.loss(x, batch.targets)
+        importance = sum(cv_squared(r.importance()) for r in token)
+        load = sum(cv_squared(r.load.sum((0, 1))) for r in token)
+        balance = c.w_imp * importance + c.w_load * load  # (2)
+        contrastive = sum(r.moe.contrast(r, end, batch.task_ids) for r in task)  # (4)
+        loss = action + balance + c.w_con * contrastive  # (6)
 
-    AD's targets are what the learner would have done without noise, or else the actions taken; DPT's are the expert's.
-    """
-    keys = [k for k in ("states", "actions", "rewards", "expert_actions", "learner_actions") if k in data]
-    x = {k: torch.as_tensor(data[k][tasks], device=device) for k in keys}
-    x.setdefault("learner_actions", x["actions"])
-    x["by_return"] = x["rewards"].sum(-1).argsort(dim=1, stable=True)  # (tasks, E), the best one last
-    guest = torch.as_tensor(data.get("guest", np.zeros(x["rewards"].shape[1], bool)), device=device)
-    last = torch.arange(len(guest), device=device) >= len(guest) - max(1, min(len(guest) // 4, 40))
-    own, guests = last & ~guest, last & guest
-    x["own"] = (own if own.any() else last).nonzero()[:, 0]
-    x["guests"] = guests.nonzero()[:, 0] if "learner_actions" in data and guests.any() else x["own"]
-    return x
+        log = {"loss": loss, "action": action}
+        log["nll"] = self.policy.neg_log_prob(x, batch.targets).mean()  # as the held-out loss
+        if token:
+            log |= {"importance": importance, "load": load}
+            log["token_experts"] = token[-1].experts_used()
+        if task:
+            log |= {"contrastive": contrastive, "task_experts": task[-1].experts_used()}
+        return loss, {name: value.detach() for name, value in log.items()}
 
-class AD:
-    """Algorithm Distillation (Laskin et al. 2023) imitates a learning agent and continues the improvement it sees.
+    def act(self, context, states, when, cache=None):
+        """The output in `states` (B, obs_dim) at time `when`, behind the Steps `context`: (B, D).
 
-    The context is 0 to K - 1 finished episodes of a task's learning history, mostly bad ones, and a running one, whose
-    states are the queries, out of its last 40 (at most its last quarter). In half of the running ones a guest acted,
-    another task's agent, if `learner_actions` say what the learner, the task's own agent, would have done there. Why
-    guests: from a learner's own past actions its next one can be guessed without a look at the finished episodes.
-    """
-    @staticmethod
-    def batch(c, x, step, size, remembered=None):
-        """`size` sequences of the arrays x of `tensors`, as a dict.
-
-        Of the context: states, actions (B, S, .), rewards (B, S), times (S,), task_ids (B,). Of the queries: queries
-        (B, Q, obs_dim), query_times (B, Q) or one for all, targets (B, Q, act_dim), and seen (B, Q), the steps of
-        context that each sees. The finished episodes, DPT's prompt, are from the arrays `remembered`, by default x.
+        Without a cache this is the full forward pass. With a cache only what is new is computed:
+        the steps that the cache does not hold yet, and the states.
         """
-        N, E, T = x["rewards"].shape
-        device, remembered = x["rewards"].device, remembered or x
-        task = torch.rand(N, device=device).argsort()[: size // 2].repeat(2)  # two sequences of each task
-        n = step % c.context  # 0 to K - 1 finished episodes
-        own = x["own"][torch.randint(len(x["own"]), (size, 1), device=device)]
-        guest = x["guests"][torch.randint(len(x["guests"]), (size, 1), device=device)]
-        running = torch.where(torch.rand(size, 1, device=device) < 0.5, guest, own)  # (B, 1)
-        # Draws n of the r worst, r random; if r < n, better ones too (rank + 1); never the running one (rank + 2).
-        too_good = torch.arange(E, device=device) >= torch.rand(size, 1, device=device) * E  # (B, E), by return
-        rank = torch.rand(size, E, device=device) + too_good + 2 * (x["by_return"][task] == running)
-        place = rank.topk(n, largest=False).indices.sort(dim=1).values
-        row, kept = task[:, None], torch.arange(0, T, c.stride, device=device)
-        finished = remembered["by_return"][row, place]  # (B, n), the best one last
-        past = {k: remembered[k][row, finished, :: c.stride].flatten(1, 2) for k in ("states", "actions", "rewards")}
-        batch = {k: torch.cat([past[k], x[k][row, running, kept]], dim=1) for k in past}
-        time = torch.rand(size, T, device=device).argsort(dim=1)[:, : c.queries]  # (B, Q), each at most once
-        seen = n * len(kept) + (kept < time[..., None]).sum(-1)
-        batch |= {"times": kept.repeat(n + 1), "task_ids": task, "query_times": time, "seen": seen}
-        return batch | {"queries": x["states"][row, running, time], "targets": x["learner_actions"][row, running, time]}
+        past = 0
+        if cache is not None:
+            past = cache.length
+        new_steps = context.part(past // 3, None)
+        query_time = torch.full((1, 1), when, device=states.device)
+        query = self.embed_states(states[:, None], query_time)
+        x = torch.cat([self.embed_steps(new_steps), query], dim=1)
 
-    def __init__(self, model, num_tasks):
-        self.model, self.cache = model, Cache(model, num_tasks)
+        # Each token sees all tokens up to itself. All new tokens have a row in `sees`, but without
+        # a past only the query needs one, and `attend` knows that the others are causal.
+        L = x.shape[1]
+        rows = L
+        if past == 0:
+            rows = 1
+        token = torch.arange(past + L, device=x.device)
+        sees = token <= token[-rows:, None]  # (rows, past + L)
+        x, _ = self.transform(x, sees[None], cache)
+        if cache is not None:
+            cache.length += L - 1  # all but the query
+        return x[:, -1]
 
-    def begin_episode(self, memory):
-        """Remembers K - 1 of the finished episodes in the list `memory`: the newest and the best of the others."""
-        self.cache.fill(self.model, memory, self.model.config.context - 1, newest=True)
 
-    def act(self, states, t):
-        """Mean and deviation (N, act_dim) of the action, with states (N, obs_dim) at time t as queries."""
-        return self.cache.step(self.model, self.model.state_tokens(states[:, None], t), keep=False)
+# ---- Data: what AD and DPT learn from ------------------------------------------------------------
 
-    def observe(self, states, actions, rewards, t):
-        """Adds the step at time t to the context: (N, obs_dim), (N, act_dim), (N,)."""
-        if t % self.model.config.stride == 0:
-            self.cache.step(self.model, self.model.tokens(states[:, None], actions[:, None], rewards[:, None], t))
 
-class DPT(AD):
-    """Decision-Pretrained Transformer (Lee et al. 2023) predicts the expert's action in any state of the task.
+def open_dataset(c, may_collect=False):
+    """The dataset, and two masks (N,): training tasks and held-out tasks.
 
-    The context, here called the prompt, is K episodes of any quality, and the queries are states of other episodes. A
-    trained agent's prompt is its best episodes so far (its last ones make it drift), at first the running one.
+    If the dataset of a task family is missing, it is collected, should `may_collect` allow it.
+    Raises BadInput if the dataset does not fit the Config.
     """
-    @staticmethod
-    def batch(c, x, step, size, remembered=None):
-        """As for AD. The steps of the prompt that a query sees, `seen` (B, Q), are drawn at random."""
-        N, E, T = x["rewards"].shape
-        device, remembered = x["rewards"].device, remembered or x
-        task = torch.rand(N, device=device).argsort()[: size // 2].repeat(2)  # two sequences of each task
-        row, times = task[:, None], torch.arange(0, T, c.stride, device=device).repeat(c.context)  # (B, 1), (S,)
-        place = torch.randint(E, (size, c.context), device=device).sort(dim=1).values
-        prompt = remembered["by_return"][row, place]  # (B, K), the best one last
-        batch = {k: remembered[k][row, prompt, :: c.stride].flatten(1, 2) for k in ("states", "actions", "rewards")}
-        other = torch.ones(size, E, device=device).scatter(1, place, 0)  # no queries from the prompt
-        episode = x["by_return"][row, other.multinomial(c.queries, replacement=True)]  # (B, Q)
-        time = torch.randint(T, (size, c.queries), device=device)
-        seen = torch.randint(len(times) + 1, (size, c.queries), device=device)
-        batch |= {"times": times, "task_ids": task, "query_times": torch.tensor(T, device=device), "seen": seen}
-        return batch | {"queries": x["states"][row, episode, time], "targets": x["expert_actions"][row, episode, time]}
-
-    def begin_episode(self, memory):
-        """Takes the best K of the finished episodes in the list `memory` as the prompt."""
-        self.cache.fill(self.model, memory, self.model.config.context)
-        self.first = not memory
-
-    def act(self, states, t):
-        """Mean and deviation (N, act_dim) of the action, with states (N, obs_dim) as queries, which have no time."""
-        return super().act(states, self.model.horizon)
-
-    def observe(self, states, actions, rewards, t):
-        """In the first episode, adds the step at time t to the prompt: (N, obs_dim), (N, act_dim), (N,)."""
-        if self.first:
-            super().observe(states, actions, rewards, t)
-
-BACKBONES = {"ad": AD, "dpt": DPT}
-CONTROLS = {"own": "own context", "hidden": "context hidden", "other": "context of another task"}
-
-# ---- Acting in context -----------------------------------------------------------------------------------------------
-@torch.no_grad()
-def evaluate(model, tasks, episodes, seed=0, context="own", memory=None):
-    """Acts in `tasks` (N, task_dim) or a Gymnasium vector environment, without weight updates -> returns (episodes, N).
-
-    Controls: "other" gives each task the episodes of the one before, "hidden" empties the context before each action.
-    The list `memory` holds finished episodes, (states, actions, rewards), each (N, T, ...); the agent adds its own.
-    """
-    c, device, was_training = model.config, model.state_mean.device, model.training
-    env = make_vec(c.env, tasks) if isinstance(tasks, np.ndarray) else tasks
-    memory = [] if memory is None else memory
-    agent = BACKBONES[c.mode](model.eval(), env.num_envs)
-    rng = torch.Generator(device).manual_seed(seed)
-    for episode in range(episodes):
-        agent.begin_episode([[part.roll(1, 0) for part in e] for e in memory] if context == "other" else memory)
-        observations, _ = env.reset(seed=seed if episode == 0 else None)
-        steps = []
-        for t in range(model.horizon):
-            states = torch.as_tensor(observations, dtype=torch.float32, device=device)
-            if context == "hidden":
-                agent.begin_episode([])
-            mean, std = agent.act(states, t)
-            std = std * (c.noise if memory else 1.0)
-            actions = (mean + std * torch.randn(mean.shape, generator=rng, device=device)).clamp(-1, 1)
-            observations, rewards, *_ = env.step(actions.float().cpu().numpy())
-            steps.append((states, actions, torch.as_tensor(rewards, dtype=torch.float32, device=device)))
-            agent.observe(*steps[-1], t)
-        memory.append([torch.stack(part, dim=1) for part in zip(*steps)])  # (N, T, ...)
-    model.train(was_training)
-    return torch.stack([rewards.sum(1) for _, _, rewards in memory[-episodes:]]).cpu().numpy()
-
-@torch.no_grad()
-def held_out_loss(model, x, context="own", batches=20):
-    """For each of n predictions in the arrays `x`, the steps of context that it sees, (n,), and its -log P, (n,).
-
-    The agent is in evaluation mode, the random stream is fixed. `context`: as in `evaluate`; "hidden" hides the steps.
-    """
-    c, was_training, seen, losses = model.config, model.training, [], []
-    backbone, size = BACKBONES[c.mode], min(max(4, c.batch), 2 * len(x["rewards"]))
-    remembered = {k: x[k].roll(int(context == "other"), 0) for k in ("states", "actions", "rewards", "by_return")}
-    for i in range(batches):
-        torch.manual_seed(i)
-        batch = backbone.batch(c, x, i, size, remembered)
-        seen.append(batch["seen"].flatten())
-        if context == "hidden":  # each query sees itself only
-            batch["seen"] = torch.zeros_like(batch["seen"])
-        mean, log_std, _ = model.eval().predict(batch)
-        losses.append(neg_log_prob(batch["targets"], mean, log_std).mean(-1).flatten())
-    model.train(was_training)
-    return torch.cat(seen).cpu().numpy(), torch.cat(losses).cpu().numpy()
-
-def normalised(returns, data, tasks):
-    """Scores (R - R_random) / (R_expert - R_random) of returns (..., N) in `tasks`; NaN if the expert is no better."""
-    low, high = data["random_return"][tasks], data["expert_return"][tasks]
-    return (returns - low) / np.where(high > low, high - low, np.nan)
-
-def measure(model, data, tasks, x):
-    """The mean -log P on the held-out `tasks` (bool mask; arrays `x`), the last episode's return and score: a dict."""
-    numbers = {"heldout": float(held_out_loss(model, x)[1].mean())}
-    if data["simulator"]:
-        returns = evaluate(model, data["tasks"][tasks], model.config.eval_episodes)[-1]
-        numbers |= {"return": float(returns.mean()), "score": float(np.nanmean(normalised(returns, data, tasks)))}
-    return numbers
-
-# ---- Training and report ---------------------------------------------------------------------------------------------
-def open_dataset(c):
-    """The dataset data/ENV.npz, collected if it is missing, and two masks (N,): tasks to train on, held-out tasks."""
-    path = Path(c.data) / f"{c.env}.npz"
-    if not path.exists() and c.env in ENVS and not c.resume and "RANK" not in os.environ:
-        print(f"{path} is missing: collecting it, in one or two minutes for point_robot, far longer for the others")
+    path = dataset_path(c.data, c.env)
+    if may_collect and c.env in ENVS and not path.exists():
+        print(
+            f"{path} is missing. It is collected first: minutes for point_robot, longer for others"
+        )
         collect(c.env, out=c.data)
     data = load(path)
-    train, held_out = ~data["test"], data["test"]
-    if c.val_tasks:
-        held_out = np.isin(np.arange(len(train)), np.flatnonzero(train)[-c.val_tasks :])  # the last training tasks
-        train = train & ~held_out
-    require(c.mode == "ad" or "expert_actions" in data, f"{path}: DPT needs `expert_actions`; --mode ad does without")
-    E = data["rewards"].shape[1] - (c.mode == "dpt")  # one is left for DPT's queries
-    require(c.context <= E, f"--context {c.context} is more than the {E} episodes that it can have")
-    require(c.batch // 2 <= train.sum(), f"--batch {c.batch} is more than twice the {train.sum()} training tasks")
-    return data, train, held_out
+    test = data["test"]
+    train_tasks = ~test
+    held_out = test
+    if c.val_tasks > 0:
+        require(
+            c.val_tasks < train_tasks.sum(), f"--val-tasks {c.val_tasks} leaves no training task"
+        )
+        held_out = np.zeros_like(test)
+        held_out[np.flatnonzero(train_tasks)[-c.val_tasks :]] = True
+        train_tasks = train_tasks & ~held_out
 
-def new_model(c, data, train):
-    """A T2MIR whose sizes and state normalisation are those of the tasks in `train` (bool mask)."""
-    sizes = {"obs_dim": data["states"].shape[-1], "act_dim": data["actions"].shape[-1],
-             "horizon": data["rewards"].shape[2], "num_tasks": int(train.sum())}
-    states = data["states"][train].reshape(-1, sizes["obs_dim"])
-    mean, std = states.mean(0, dtype=np.float64), states.std(0, dtype=np.float64)
-    scale = abs(states).max(0)  # a dimension that hardly moves is divided by its size, so that it is not blown up
-    std = np.where(std > 1e-5 * scale, std, scale)
-    std[std == 0] = 1  # a dimension that is always 0
-    model = T2MIR(c, sizes)
-    model.state_mean, model.state_std = torch.tensor(np.stack([mean, std]), dtype=torch.float32)
-    return model.to(c.device)
+    require(c.mode == "ad" or "expert_actions" in data, f"{path}: DPT needs `expert_actions`")
+    E = data["rewards"].shape[1]
+    most = E - 1  # DPT: one episode is left for the queries
+    if c.mode == "ad":
+        most = E - int(data.get("guest", np.zeros(E)).sum())
+    require(c.context <= most, f"--context must be at most {most} with the episodes of {path}")
+    enough = c.batch // 2 <= train_tasks.sum()
+    require(enough, f"--batch must be at most {2 * train_tasks.sum()}, twice the training tasks")
+    return data, train_tasks, held_out
+
+
+def to_tensors(data, tasks):
+    """A dataset's arrays as tensors, without a copy, and what batches are drawn with.
+
+    `tasks` (bool mask) become indices; `by_return` (N, E) has the episodes of each task, the best
+    one last; `guest` (E,) marks the episodes in which a guest acts, `own` has the indices of the
+    others.
+    """
+    names = ("states", "actions", "rewards", "expert_actions", "learner_actions")
+    x = {name: torch.from_numpy(data[name]) for name in names if name in data}
+    returns = data["rewards"].sum(-1, dtype=np.float64)
+    x["tasks"] = torch.from_numpy(np.flatnonzero(tasks))
+    x["by_return"] = torch.from_numpy(returns.argsort(axis=1, kind="stable"))
+    x["guest"] = torch.from_numpy(data.get("guest", np.zeros(returns.shape[1], bool)))
+    x["own"] = (~x["guest"]).nonzero()[:, 0]
+    return x
+
+
+def two_sequences_of_each_task(x, size):
+    """Tasks for `size` sequences, (B, 1): random ones, each of them twice, as InfoNCE needs it."""
+    tasks = x["tasks"][torch.rand(len(x["tasks"])).argsort()[: size // 2]]
+    return tasks.repeat(2)[:, None]
+
+
+def gather_steps(x, tasks, episodes, stride):
+    """Every `stride`-th step of K episodes, one after the other: tasks (B, 1), episodes (B, K).
+
+    The rewards of the steps between them are not part of it.
+    """
+    T = x["rewards"].shape[2]
+    parts = [x[name][tasks, episodes, ::stride] for name in ("states", "actions", "rewards")]
+    times = torch.arange(0, T, stride).repeat(1, episodes.shape[1])
+    return Steps(*(part.flatten(1, 2) for part in parts), times)
+
+
+def ad_batch(c, x, step, size):
+    """Algorithm Distillation (Laskin et al. 2023): imitate an agent while it learns.
+
+    As published, a context is K consecutive episodes of the learning history of one task. In each
+    of their states the model predicts the action that the learner took there, from all that was
+    before it. The learner becomes better along its history, so a model that predicts its next
+    actions acts better than what stands in the context.
+
+    Changed: the running episode is a late one, and it alone is predicted (`late_episode`), in half
+    of the cases with a guest (`guests`), see `late_episodes`. The finished episodes are mostly bad
+    ones (`worse_episodes`). The targets are the learner's actions without the noise by which it
+    explores, which nobody can predict (`clean_targets`). What the model learns is then less the
+    next improvement than what a learner does in the end.
+    """
+    T = x["rewards"].shape[2]
+    K = c.context
+    tasks = two_sequences_of_each_task(x, size)
+
+    # The episodes of a context, (B, n + 1): n finished ones, and the running one.
+    if not c.late_episode:
+        n = K - 1
+        running = x["own"][torch.randint(n, len(x["own"]), (size, 1))]
+    else:
+        n = step % K  # in turn, because an agent that acts has no finished episodes at first
+        running = late_episodes(c, x, size)
+    if not c.worse_episodes:
+        finished = previous_episodes(x, running, n)
+    else:
+        finished = worse_episodes(c, x, tasks, running, n)
+    episodes = torch.cat([finished, running], dim=1)
+
+    # The queries, (B, Q): in which episode of the context they are, and at what time in it.
+    if not c.late_episode:
+        place = torch.arange(n + 1).repeat_interleave(T).expand(size, -1)
+        times = torch.arange(T).repeat(size, n + 1)
+    else:
+        times = torch.rand(size, T).argsort(dim=1)[:, : c.queries]
+        place = torch.full_like(times, n)
+    query = (tasks, episodes.gather(1, place), times)
+
+    actions = x["actions"]
+    if c.clean_targets:
+        actions = x.get("learner_actions", actions)
+    steps_per_episode = len(range(0, T, c.stride))
+    steps_before = (times + c.stride - 1) // c.stride  # in the query's own episode
+    return Batch(
+        context=gather_steps(x, tasks, episodes, c.stride),
+        queries=x["states"][query],
+        query_times=times,
+        seen=place * steps_per_episode + steps_before,
+        targets=actions[query],
+        task_ids=tasks[:, 0],
+    )
+
+
+def previous_episodes(x, running, n):
+    """The n episodes (B, n) of the learning history that are before the running one, (B, 1)."""
+    index = torch.searchsorted(x["own"], running) + torch.arange(-n, 0)
+    require((index >= 0).all(), "too few episodes before the late ones: use a smaller --context")
+    return x["own"][index]
+
+
+def late_episodes(c, x, size):
+    """A running episode of each sequence, (B, 1): one of the last min(40, E / 4).
+
+    What is imitated there is good. With `guests`, the running episode is in half of the cases one
+    in which a guest acts, the learner of another task; the target is still what the learner of this
+    task would do. Without guests, the earlier actions of the running episode already reveal the
+    next one, and the model can ignore the rewards.
+    """
+    E = len(x["guest"])
+    late = torch.arange(E) >= E - max(1, min(E // 4, 40))
+    own = (late & ~x["guest"]).nonzero()  # (episodes, 1)
+    require(len(own) > 0, "`guest` marks all late episodes: use --no-late-episode")
+    running = own[torch.randint(len(own), (size,))]
+    visited = (late & x["guest"]).nonzero()
+    if c.guests and "learner_actions" in x and len(visited) > 0:
+        with_guest = visited[torch.randint(len(visited), (size,))]
+        running = torch.where(torch.rand(size, 1) < 0.5, with_guest, running)
+    return running
+
+
+def worse_episodes(c, x, tasks, running, n):
+    """n finished episodes of each sequence, (B, n), in the order of their returns.
+
+    They are n of the r worst episodes of the task, with r random. So most of them are bad, and the
+    agent has to find out by itself what would be better.
+    """
+    by_return = x["by_return"][tasks[:, 0]]  # (B, E)
+    B, E = by_return.shape
+    r = torch.rand(B, 1) * E
+    tier = (torch.arange(E) >= r).float()  # 0: one of the r worst, 1: better
+    tier[by_return == running] = 2
+    if not c.guests or "learner_actions" not in x:
+        tier[x["guest"][by_return]] = 2
+    key = tier + torch.rand(B, E)  # the lowest tier first, in random order within a tier
+    rank = key.topk(n, largest=False).indices.sort(dim=1).values
+    return by_return.gather(1, rank)
+
+
+def dpt_batch(c, x, step, size):
+    """Decision-Pretrained Transformer (Lee et al. 2023) predicts the expert's action in any state.
+
+    The context, here called the prompt, is K episodes of any quality, drawn at random, in the order
+    of their returns. The queries are states of other episodes. Each sees a random number of the
+    prompt's steps, so that the agent can act with little or much experience. It has no time: the
+    expert's action does not depend on it.
+    """
+    E, T = x["rewards"].shape[1:]
+    tasks = two_sequences_of_each_task(x, size)
+    by_return = x["by_return"][tasks[:, 0]]  # (B, E)
+    rank = torch.randint(E, (size, c.context)).sort(dim=1).values
+    context = gather_steps(x, tasks, by_return.gather(1, rank), c.stride)
+    # No query is from the prompt: where an expert acts in the data, it would show the answer.
+    others = torch.ones(size, E).scatter(1, rank, 0)
+    other_rank = others.multinomial(c.queries, replacement=True)  # (B, Q)
+    query = (tasks, by_return.gather(1, other_rank), torch.randint(T, (size, c.queries)))
+    S = context.rewards.shape[1]
+    return Batch(
+        context=context,
+        queries=x["states"][query],
+        query_times=torch.full((size, c.queries), T),  # DPT's queries have no time
+        seen=torch.randint(S + 1, (size, c.queries)),
+        targets=x["expert_actions"][query],
+        task_ids=tasks[:, 0],
+    )
+
+
+DRAW_BATCH = {"ad": ad_batch, "dpt": dpt_batch}
+
+# ---- Acting in context ---------------------------------------------------------------------------
+
+
+def remember(c, returns):
+    """Which finished episodes an agent sees: returns (N, count), the newest one last -> (N, m).
+
+    As published, they are the last K of them, in AD K - 1 beside the running one. Changed
+    (`remember_best`): DPT sees its best episodes. An agent that sees only its last one, which may
+    have gone straight to a wrong place, learns little from it and goes there again. AD sees its
+    newest episode and the best of the others, in the order of their returns.
+    """
+    N, count = returns.shape
+    room = c.context
+    if c.mode == "ad":
+        room = c.context - 1
+    m = min(count, room)
+    if not c.remember_best or m == 0:
+        return torch.arange(count - m, count).repeat(N, 1)
+    priority = returns.clone()
+    if c.mode == "ad":
+        priority[:, -1] = math.inf
+    best = priority.topk(m).indices
+    order = returns.gather(1, best).argsort(dim=1, stable=True)
+    return best.gather(1, order)
+
+
+def own_context(c, history, episode, t):
+    """The Steps that an agent sees at time t of an episode: what it remembers, then what is new.
+
+    AD always sees the earlier steps of the running episode. As published, DPT never does, so its
+    prompt is empty in its first episode. Changed (`grow_prompt`): in its first episode it sees them
+    too, and can adapt at once.
+    """
+    N, _, T = history["rewards"].shape
+    tasks = torch.arange(N)[:, None]
+    episodes = remember(c, history["rewards"][:, :episode].sum(-1))
+    steps = episodes.shape[1] * len(range(0, T, c.stride))
+    if c.mode == "ad" or (c.grow_prompt and episode == 0):
+        episodes = torch.cat([episodes, torch.full_like(tasks, episode)], dim=1)
+        steps += len(range(0, t, c.stride))
+    return gather_steps(history, tasks, episodes, c.stride).part(0, steps)
+
+
+@contextmanager
+def evaluation_mode(model):
+    """No dropout, no noise in the routers, no gradients; afterwards the model is as it was."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def evaluate(model, tasks, episodes, seed=0, context_of=own_context, use_cache=True):
+    """Acts in `tasks` (N, task_dim), or in a Gymnasium vector environment with N environments.
+
+    Returns the agent's history in the format of a dataset: `states` (N, episodes, T, obs_dim),
+    `actions` (N, episodes, T, act_dim) or int, `rewards` (N, episodes, T). The returns are
+    `evaluate(...)["rewards"].sum(-1)`, (N, episodes). `context_of` says what the agent sees of its
+    history; without the cache each step is a full forward pass.
+    """
+    c = model.config
+    device = model.state_mean.device
+    env = tasks
+    if isinstance(tasks, np.ndarray):
+        env = make_vec(c.env, tasks)
+    shape = (env.num_envs, episodes, model.horizon)
+    history = {
+        "states": torch.zeros(*shape, model.sizes["obs_dim"], dtype=torch.float64),
+        "actions": torch.zeros(*shape, model.sizes["act_dim"]),
+        "rewards": torch.zeros(shape, dtype=torch.float64),
+    }
+    if model.policy.discrete:
+        history["actions"] = torch.zeros(shape, dtype=torch.long)
+    rng = torch.Generator(device).manual_seed(seed)
+    with evaluation_mode(model):
+        for episode in tqdm(range(episodes), "acting", leave=False, disable=None):
+            greedy = c.sample == "never" or (c.sample == "first" and episode > 0)
+            cache = None
+            if use_cache:
+                cache = Cache(3 * c.context * len(range(0, model.horizon, c.stride)) + 1)
+            observations, _ = env.reset(seed=seed if episode == 0 else None)
+            for t in range(model.horizon):
+                states = torch.as_tensor(observations)
+                history["states"][:, episode, t] = states
+                context = context_of(c, history, episode, t).to(device)
+                when = t
+                if c.mode == "dpt":
+                    when = model.horizon  # DPT's queries have no time
+                x = model.act(context, states.to(device), when, cache)
+                actions = model.policy.sample(x, greedy, rng).cpu()
+                observations, rewards, *_ = env.step(actions.numpy())
+                history["actions"][:, episode, t] = actions
+                history["rewards"][:, episode, t] = torch.as_tensor(rewards)
+    if env is not tasks:
+        env.close()
+    return history
+
+
+def held_out_loss(model, x, batches=20):
+    """The mean -log P of the targets in `x`, made by `to_tensors`: always in the same batches.
+
+    It is known up to a constant, which differs between the policies.
+    """
+    c = model.config
+    size = min(c.batch, 2 * len(x["tasks"]))
+    losses = []
+    with evaluation_mode(model):
+        for i in range(batches):
+            torch.manual_seed(i)
+            batch = DRAW_BATCH[c.mode](c, x, i, size).to(model.state_mean.device)
+            outputs, _ = model.predict(batch)
+            losses.append(model.policy.neg_log_prob(outputs, batch.targets).mean())
+    return torch.stack(losses).mean().item()
+
+
+def scores(returns, data, tasks):
+    """(R - R_random) / (R_expert - R_random) of returns (N, ...) in `tasks`.
+
+    It is NaN in tasks whose expert is no better than random actions.
+    """
+    low = data["random_return"][tasks]
+    high = data["expert_return"][tasks]
+    gain = np.where(high > low, high - low, np.nan)
+    return ((returns.T - low) / gain).T
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
+def mean_and_std(array, tasks):
+    """Mean and deviation of array (N, E, T, dim) over `tasks`: (dim,) float64 each.
+
+    One task at a time is read. The deviation of a dimension that does not move, up to the rounding
+    of its type, is replaced by its largest absolute value, so that rounding is not blown up.
+    """
+    chosen = np.flatnonzero(tasks)
+    count = len(chosen) * array.shape[1] * array.shape[2]
+    mean = sum(array[i].sum((0, 1), dtype=np.float64) for i in chosen) / count
+    squares = sum(((array[i] - mean) ** 2).sum((0, 1)) for i in chosen)
+    largest = np.max([abs(array[i]).max((0, 1)) for i in chosen], axis=0).astype(np.float64)
+    std = np.sqrt(squares / count)
+    std = np.where(std > 4 * np.finfo(array.dtype).eps * largest, std, largest)
+    std[std == 0] = 1
+    return torch.from_numpy(mean), torch.from_numpy(std)
+
+
+def sizes_of(data):
+    """What T2MIR has to know of a dataset: a dict of obs_dim, act_dim, discrete and horizon."""
+    actions = data["actions"]
+    act_dim = actions.shape[-1]
+    discrete = actions.ndim == 3  # (N, E, T) int
+    if discrete:
+        names = ("actions", "expert_actions", "learner_actions")
+        act_dim = 1 + max(int(data[name].max()) for name in names if name in data)
+    obs_dim = data["states"].shape[-1]
+    return {
+        "obs_dim": obs_dim,
+        "act_dim": act_dim,
+        "discrete": discrete,
+        "horizon": actions.shape[2],
+    }
+
+
+def new_model(c, data, tasks):
+    """A T2MIR for a dataset, with the means and deviations of states and rewards in `tasks`."""
+    model = T2MIR(c, sizes_of(data))
+    model.state_mean, model.state_std = mean_and_std(data["states"], tasks)
+    model.reward_mean, model.reward_std = mean_and_std(data["rewards"][..., None], tasks)
+    return model
+
 
 def new_optimizers(model):
-    """Muon (Jordan et al. 2024), orthogonal updates of the size of AdamW's, for hidden matrices; AdamW for the rest."""
-    c, hidden = model.config, (Attention, Experts, nn.Sequential)
-    matrices = {p: None for m in model.modules() if isinstance(m, hidden) for p in m.parameters()}  # an ordered set
-    others = [p for p in model.parameters() if p.requires_grad and p not in matrices]
-    muon = torch.optim.Muon(matrices, c.lr, weight_decay=c.weight_decay, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW(others, c.lr, betas=(0.9, 0.95), weight_decay=c.weight_decay, fused=c.device != "mps")
-    return [muon, adamw]
+    """AdamW, and for the matrices of attention, experts and dense layers Muon (Jordan et al. 2024).
 
-def read_checkpoint(run, device="cpu"):
-    """The checkpoint of a run's folder, or a checkpoint file itself, as a dict."""
-    path = Path(run) if Path(run).suffix == ".pt" else Path(run) / "ckpt.pt"
-    require(path.exists(), f"{path} is missing: name the folder of a run that has saved a checkpoint")
-    saved = {}
-    with suppress(Exception):  # a damaged file can raise almost anything
-        saved = torch.load(path, map_location=device, weights_only=True)
-    fits = "fingerprint" in saved and saved["config"].keys() == {f.name for f in dataclasses.fields(Config)}
-    require(fits, f"{path} is damaged, or of a Config with other fields")
+    Muon makes the update of a matrix orthogonal and scales it to the size of AdamW's updates. An
+    agent learns more in the same number of steps.
+    """
+    c = model.config
+    matrices = []
+    others = []
+    for name, p in model.named_parameters():
+        if c.optimizer == "muon" and any(s in name for s in (".attention.", ".experts.", ".mlp.")):
+            matrices.append(p)
+        elif p.requires_grad:
+            others.append(p)
+    settings = {"lr": c.lr, "weight_decay": c.weight_decay}
+    optimizers = [torch.optim.AdamW(others, betas=(0.9, 0.95), fused=True, **settings)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **settings))
+    return optimizers
+
+
+def get_lr(c, step):
+    """The learning rate: a linear warm-up, then a cosine to zero."""
+    if step < c.warmup:
+        return c.lr * (step + 1) / c.warmup
+    progress = (step - c.warmup) / max(1, c.steps - c.warmup)
+    return c.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def start_processes(c):
+    """Rank, number of processes and device. torchrun starts several, one for each GPU.
+
+    Each process draws its own batches, the gradients are averaged, and only rank 0 evaluates and
+    writes. Without torchrun there is one process.
+    """
+    processes = int(os.environ.get("WORLD_SIZE") or 1)
+    device = pick_device(c.device)
+    if processes == 1:
+        return 0, 1, device
+    rank = int(os.environ["RANK"])
+    backend = "gloo"
+    if "cuda" in device:
+        backend = "nccl"
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        long = timedelta(days=1)  # the others wait while rank 0 evaluates
+        dist.init_process_group(backend, timeout=long)
+    return rank, processes, device
+
+
+def train(c, resume=""):
+    """Trains an agent, or goes on with the run in the folder `resume`; returns the run's folder.
+
+    The folder has config.json, log.csv and ckpt.pt. Raises BadInput if the dataset does not fit,
+    the folder is taken, or the loss is not finite.
+    """
+    c = dataclasses.replace(c)  # checks the Config again: its fields may have been changed
+    rank, processes, device = start_processes(c)
+    folder = Path(resume or Path(c.runs) / (c.name or f"{c.env}-{c.mode}-seed{c.seed}"))
+    claimed = nullcontext()
+    if rank == 0:
+        claimed = claim(folder.resolve())
+    with claimed:
+        saved = None
+        if resume:
+            saved = read_checkpoint(folder)
+            check_settings(c, saved)
+        else:
+            taken = (folder / "ckpt.pt").exists()
+            require(not taken, f"{folder} holds a run: --resume it, or --name another")
+        fit(c, folder, saved, rank, processes, device)
+    return folder
+
+
+def fit(c, folder, saved, rank, processes, device):
+    """The training loop of `train`, from the start or from the checkpoint `saved`."""
+    # Data, model, optimizers.
+    data, train_tasks, held_out = open_dataset(c, saved is None and processes == 1)
+    x = to_tensors(data, train_tasks)
+    x_held_out = to_tensors(data, held_out)
+    torch.manual_seed(c.seed)
+    model = new_model(c, data, train_tasks).to(device)
+    optimizers = new_optimizers(model)
+    run = new_run(c, model, data, processes)
+    if saved is not None:
+        restore(saved, run, model, optimizers)
+    parallel = model
+    if processes > 1:
+        parallel = nn.parallel.DistributedDataParallel(model)
+
+    recent = []  # what was logged since the last evaluation
+    started = perf_counter() - run["seconds"]
+    bar = tqdm(total=c.steps, initial=run["step"], desc=folder.name, disable=rank > 0 or None)
+    for step in range(run["step"], c.steps):
+        # All random numbers of a step follow from seed, step and rank, so a run can be resumed.
+        seed = np.random.SeedSequence([c.seed, step, rank]).generate_state(1)[0]
+        torch.manual_seed(int(seed))
+        batch = DRAW_BATCH[c.mode](c, x, step, c.batch).to(device)
+
+        # Forward, backward, update.
+        loss, numbers = parallel.train()(batch)
+        loss.backward()
+        if c.clip > 0:
+            nn.utils.clip_grad_norm_(model.parameters(), c.clip)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = get_lr(c, step)
+            optimizer.step()
+            optimizer.zero_grad()
+        for module in model.modules():
+            if isinstance(module, TaskMoE):
+                module.update_key_router()
+
+        # Log. Reading a loss means waiting for the GPU, so it is done seldom.
+        bar.update()
+        recent.append(numbers)
+        done = step + 1
+        evaluating = done % c.eval_every == 0 or done == c.steps
+        if evaluating or done % 50 == 0:
+            require(loss.isfinite(), f"the loss is not finite at step {done}: try a smaller --lr")
+            bar.set_postfix_str(f"loss {loss.item():.4f}")
+
+        # Evaluate and save.
+        if evaluating and rank == 0:
+            row = mean_of(recent) | measure(model, data, held_out, x_held_out)
+            row = {name: float(f"{value:.6g}") for name, value in row.items()}
+            said = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
+            bar.write(f"step {done}: {said}")
+            run["step"] = done
+            run["seconds"] = round(perf_counter() - started)
+            run["log"].append({"step": done} | row | {"seconds": run["seconds"]})
+            save(folder, run, model, optimizers)
+        if evaluating:
+            recent = []
+    bar.close()
+
+
+def mean_of(logs):
+    """The mean of each number in a list of dicts of tensors, as a dict of floats."""
+    return {name: torch.stack([log[name] for log in logs]).mean().item() for name in logs[0]}
+
+
+def measure(model, data, tasks, x):
+    """The held-out loss, and with a simulator return and score of the last episode, in `tasks`."""
+    numbers = {"heldout": held_out_loss(model, x)}
+    if data["simulator"]:
+        history = evaluate(model, data["tasks"][tasks], model.config.eval_episodes)
+        returns = history["rewards"][:, -1].sum(-1).numpy()
+        numbers["return"] = float(returns.mean())
+        numbers["score"] = float(np.nanmean(scores(returns, data, tasks)))
+    return numbers
+
+
+def new_run(c, model, data, processes):
+    """What a checkpoint holds beside the weights: a dict, which training brings up to date."""
+    return {
+        "config": dataclasses.asdict(c) | {"data": str(Path(c.data).resolve())},
+        "sizes": model.sizes,
+        "fingerprint": data["fingerprint"],
+        "processes": processes,
+        "step": 0,
+        "seconds": 0,
+        "log": [],
+    }
+
+
+def save(folder, run, model, optimizers):
+    """Writes ckpt.pt, then config.json and log.csv: always whole files, the old or the new ones."""
+    checkpoint = run | {
+        "model": model.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+    }
+    columns = list(dict.fromkeys(name for row in run["log"] for name in row))
+    lines = [",".join(columns)]
+    for row in run["log"]:
+        lines.append(",".join(str(row.get(name, "")) for name in columns))
+    table = "\n".join(lines) + "\n"
+    config = json.dumps(run["config"], indent=1)
+    write_atomically(folder / "ckpt.pt", lambda file: torch.save(checkpoint, file))
+    write_atomically(folder / "config.json", lambda file: file.write(config.encode()))
+    write_atomically(folder / "log.csv", lambda file: file.write(table.encode()))
+
+
+def check_settings(c, saved):
+    """Raises BadInput unless a run with the Config `c` can go on from the checkpoint `saved`."""
+    changed = {name for name, value in saved["config"].items() if getattr(c, name) != value}
+    kept = ", ".join(sorted(changed - {"steps", "device", "data"}))
+    require(not kept, f"--resume keeps the settings of the run, so it does not take: {kept}")
+    done = saved["step"]
+    require(c.steps >= done, f"--steps must be at least {done}: so many are done")
+    if "steps" in changed or "device" in changed:
+        print("with other steps or another device, the result is not that of one long run")
+
+
+def restore(saved, run, model, optimizers):
+    """Brings run, model and optimizers to where the checkpoint `saved` has them."""
+    same = saved["fingerprint"] == run["fingerprint"]
+    require(same, "the run to resume was trained on another dataset: name its folder with --data")
+    if saved["processes"] != run["processes"]:
+        print(f"the run had {saved['processes']} processes, so its batches had another size")
+    model.load_state_dict(saved["model"])
+    for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    run.update({name: saved[name] for name in ("step", "seconds", "log")})
+
+
+def read_checkpoint(run):
+    """The checkpoint of a run's folder, or a checkpoint file itself, as a dict on the CPU."""
+    path = Path(run)
+    if path.suffix != ".pt":
+        path = path / "ckpt.pt"
+    require(path.exists(), f"{path} is missing: name the folder of a run that has a checkpoint")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        fields = saved["config"].keys()
+    except Exception as error:  # noqa: BLE001, a damaged file can raise almost anything
+        first_line = f"{type(error).__name__} {error}".splitlines()[0]
+        raise BadInput(f"{path} is damaged or not a checkpoint ({first_line})") from None
+    unknown = fields ^ {field.name for field in dataclasses.fields(Config)}
+    names = ", ".join(sorted(unknown))
+    require(not unknown, f"{path} is of a version of t2mir.py with other settings: {names}")
     return saved
 
+
 def load_agent(run, device="cpu"):
-    """The agent of a run's folder or checkpoint, in evaluation mode."""
-    saved = read_checkpoint(run, device)
-    model = T2MIR(Config(**saved["config"] | {"device": device}), saved["sizes"]).to(device)
+    """The agent of a run's folder or of a checkpoint file, in evaluation mode."""
+    device = pick_device(device)
+    saved = read_checkpoint(run)
+    model = T2MIR(Config(**saved["config"]), saved["sizes"]).to(device)
     model.load_state_dict(saved["model"])
     return model.eval()
 
-def train(c):
-    """Trains, evaluates, and returns the run's folder: config.json, log.csv, ckpt.pt, result.npz and incontext.png.
 
-    Raises BadInput if the dataset does not fit, the folder is taken, or the loss becomes non-finite.
-    """
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-    if processes > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if "cuda" in c.device else "gloo")
-        if "cuda" in c.device:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    folder = Path(c.resume).resolve() if c.resume else Path(c.runs) / (c.name or f"{c.env}-{c.mode}-seed{c.seed}")
-    with claim(folder) if rank == 0 else nullcontext():  # only the first process writes and evaluates
-        saved = read_checkpoint(folder, c.device) if c.resume else None
-        require(c.resume or not (folder / "ckpt.pt").exists(), f"{folder} holds a run: --resume it or --name another")
-        data, train_tasks, held_out = open_dataset(c)
-        torch.manual_seed(c.seed)
-        model = new_model(c, data, train_tasks)
-        x, x_held = (tensors(data, tasks, c.device) for tasks in (train_tasks, held_out))
-        optimizers = new_optimizers(model)
-        config = dataclasses.asdict(c) | {"resume": "", "data": str(Path(c.data).resolve())}
-        state = {"config": config, "sizes": model.sizes, "fingerprint": data["fingerprint"], "step": 0, "log": []}
-        if saved is not None:
-            require(saved["fingerprint"] == data["fingerprint"], f"{folder} has been trained on another dataset")
-            model.load_state_dict(saved["model"])
-            for optimizer, of_run in zip(optimizers, saved["optimizers"]):
-                optimizer.load_state_dict(of_run)
-            state |= {"step": saved["step"], "log": saved["log"]}
-        if rank == 0:
-            write_atomically(folder / "config.json", lambda file: file.write(json.dumps(config, indent=1).encode()))
-        learner = nn.parallel.DistributedDataParallel(model) if processes > 1 else model
-        fit(model, learner, optimizers, x, state, folder, rank, lambda: measure(model, data, held_out, x_held))
-        if rank == 0:
-            report(folder, model, data, held_out, x_held)
-    return folder
+# ---- Command line --------------------------------------------------------------------------------
 
-def fit(model, learner, optimizers, x, state, folder, rank, evaluation):
-    """The training loop, from state["step"] to config.steps; `evaluation` returns more numbers for the log."""
-    c, first, log = model.config, state["step"], state["log"]
-    task_moes = [module for module in model.modules() if isinstance(module, TaskMoE)]
-    sums, started, before = defaultdict(float), time.perf_counter(), log[-1]["seconds"] if log else 0
-    bar = tqdm(range(first, c.steps), folder.name, c.steps, initial=first, disable=True if rank else None)
-    model.train()
-    for step in bar:
-        # All random numbers of a step follow from seed, step and process, so a resumed run needs no generator's state.
-        torch.manual_seed(int(np.random.SeedSequence([c.seed, step, rank]).generate_state(1)[0]))
-        batch = BACKBONES[c.mode].batch(c, x, step, c.batch)
-        falling = 0.5 * (1 + math.cos(math.pi * (step - c.warmup) / max(1, c.steps - c.warmup)))
-        for optimizer in optimizers:  # linear warm-up, then a cosine to zero
-            optimizer.param_groups[0]["lr"] = c.lr * ((step + 1) / c.warmup if step < c.warmup else falling)
-            optimizer.zero_grad()
-        with torch.autocast(torch.device(c.device).type, torch.bfloat16, enabled=c.dtype == "bfloat16"):
-            losses = learner(batch)
-        losses["loss"] = sum(w * losses[name] for name, w in c.loss_weights.items() if name in losses)  # (6)
-        losses["loss"].backward()
-        nn.utils.clip_grad_norm_(model.parameters(), c.clip)
-        for optimizer in optimizers:
-            optimizer.step()
-        for moe in task_moes:
-            moe.update_key_router()
-        for name, value in losses.items():
-            sums[name] += value.detach()
-        done = step + 1
-        evaluating = done % c.eval_every == 0 or done == c.steps
-        if not evaluating and done % 50:  # to read a loss is to wait for the GPU
-            continue
-        means = {name: float(total) / (done - state["step"]) for name, total in sums.items()}
-        require(math.isfinite(means["loss"]), f"the loss became non-finite before step {done}: try a smaller --lr")
-        bar.set_postfix_str(f"loss {means['loss']:.4f}")
-        if evaluating:
-            sums, state["step"] = defaultdict(float), done
-        if evaluating and rank == 0:
-            numbers = {name: float(f"{value:.6g}") for name, value in (means | evaluation()).items()}
-            seconds = time.perf_counter() - started
-            log.append({"step": done, **numbers, "seconds": round(before + seconds)})
-            state |= {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-            table = [log[0].keys(), *(row.values() for row in log)]
-            text = "\n".join(",".join(map(str, cells)) for cells in table)
-            write_atomically(folder / "log.csv", lambda file: file.write(text.encode() + b"\n"))
-            write_atomically(folder / "ckpt.pt", lambda file: torch.save(state, file))
-            said = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-            bar.write(f"step {done}/{c.steps}: {said}; {seconds / (done - first) * (c.steps - done):.0f} s left")
 
-def report(folder, model, data, tasks, x):
-    """Compares the agent's own context with the two controls: prints a table, writes result.npz and incontext.png.
+@dataclasses.dataclass
+class Flags(Config):
+    """The fields of a Config, and what else the command line takes."""
 
-    With a simulator: returns by episode in context and held-out task. Without one: held-out loss by steps of context.
-    """
-    c, more = model.config, {}
-    contexts = list(CONTROLS) if tasks.sum() > 1 else ["own", "hidden"]  # with one task there is no other
-    if data["simulator"]:
-        result = {k: evaluate(model, data["tasks"][tasks], c.eval_episodes, seed=1, context=k) for k in contexts}
-        amount, labels = np.arange(1, c.eval_episodes + 1), ("episode in context", "return in held-out tasks")
-        more = {k: data[k][tasks] for k in ("tasks", "random_return", "expert_return")}
-    else:
-        losses = {k: held_out_loss(model, x, context=k, batches=60) for k in contexts}
-        seen, labels = losses["own"][0], ("steps of context", "held-out loss, -log P of the actions")
-        part = np.searchsorted(np.quantile(seen, np.linspace(0, 1, 9)[1:-1]), seen)  # at most eight groups
-        groups = [part == i for i in np.unique(part)]
-        result = {k: np.array([[loss[group].mean()] for group in groups]) for k, (_, loss) in losses.items()}
-        amount = np.array([seen[group].mean() for group in groups])
-    write_atomically(folder / "result.npz", lambda file: np.savez(file, amount=amount, **result, **more))
-    from matplotlib.figure import Figure  # here, because it is slow to import
-    fig = Figure(figsize=(5, 3.4), layout="tight")
-    ax = fig.subplots()
-    title = "mean score: 0 is a random agent, 1 the expert" if more else labels[1]
-    print(f"{title}\n{labels[0] + ':':25}" + "".join(f"{n:7.0f}" for n in amount))
-    for (context, y), color in zip(result.items(), ("C0", "C7", "C3")):  # (amounts, tasks)
-        row = np.nanmean(normalised(y, data, tasks), axis=1) if more else y[:, 0]
-        print(f"{CONTROLS[context] + ':':25}" + "".join(f"{value:7.3f}" for value in row))
-        ax.plot(amount, y, color=color, lw=0.5, alpha=0.2)  # the single tasks, thin behind their mean
-        ax.plot(amount, y.mean(1), "o-", color=color, label=CONTROLS[context], ms=4)
-    for key, style in (("expert_return", "--"), ("random_return", ":")) if more else ():
-        ax.axhline(more[key].mean(), color="k", ls=style, lw=1, label=key.split("_")[0])
-    ax.set(xlabel=labels[0], ylabel=labels[1], title=folder.name)
-    ax.legend(fontsize=7)
-    write_atomically(folder / "incontext.png", lambda file: fig.savefig(file, dpi=150, format="png"))
-    watch = f", moving pictures: python experiments/watch.py {folder}" if more else ""
-    print(f"picture: {folder / 'incontext.png'}{watch}")
+    recipe: Literal["ours", "paper"] = "ours"  # command: paper sets the fields named "change"
+    resume: str = ""  # command: go on with the run in this folder; with --steps, --device, --data
+
 
 def main():
-    first = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    if any(flag.startswith("--resume") for flag in sys.argv):
-        for flag, kind in (("--resume", str), ("--device", str), ("--data", str), ("--steps", int)):
-            first.add_argument(flag, type=kind)
-        given = {name: value for name, value in vars(first.parse_args()).items() if value is not None}
-        require(not given["resume"].endswith(".pt"), "--resume takes the folder of a run, not its checkpoint")
-        saved = read_checkpoint(given["resume"])["config"]
-        c = Config(**saved | given)
-        require(c.steps >= saved["steps"], f"--steps {c.steps} is less than the {saved['steps']} steps of {c.resume}")
-        if (c.steps, c.device) != (saved["steps"], saved["device"]):
-            print("with more steps or another device, the result is not that of an uninterrupted run")
-    else:  # these three decide the defaults of the other flags
-        for flag, value in (("--env", "point_robot"), ("--mode", "dpt"), ("--device", "auto")):
-            first.add_argument(flag, default=value)
-        given = vars(first.parse_known_args()[0])
-        c = tyro.cli(Config, default=preset(**given), description=__doc__.split("\n\n")[0])
-    train(c)
+    """Trains as the flags say, on top of a preset or of the Config of the run to --resume."""
+    # The values of these four flags decide the defaults of the others.
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("env", "mode", "recipe", "resume"):
+        peek.add_argument(f"--{name}", default=getattr(Flags, name))
+    given, _ = peek.parse_known_args()
+    if given.resume:
+        one = given.recipe == Flags.recipe and not given.resume.endswith(".pt")
+        require(one, "--resume takes the folder of a run, and no --recipe")
+        defaults = read_checkpoint(given.resume)["config"]
+    else:
+        defaults = dataclasses.asdict(preset(given.env, given.mode, given.recipe))
+    defaults = Flags(**defaults, recipe=given.recipe, resume=given.resume)
+    flags = dataclasses.asdict(
+        tyro.cli(Flags, default=defaults, description=__doc__.split("\n")[0])
+    )
+    flags.pop("recipe")
+    resume = flags.pop("resume")
+    keep_freed_memory()
+    folder = train(Config(**flags), resume)
+
+    if int(os.environ.get("RANK") or 0) == 0:
+        from experiments.report import report  # here, because it imports this file
+
+        report(folder)
+
 
 if __name__ == "__main__":
     try:
@@ -847,4 +1490,4 @@ if __name__ == "__main__":
     except (BadInput, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted: a run goes on with --resume and its folder, a collection with the same command")
+        sys.exit("interrupted: a run goes on with --resume, a collection with the same command")

@@ -1,13 +1,15 @@
-"""Do the gradients of different tasks conflict? Their cosine similarity between Point-Robot's quadrants (Fig. 8).
+"""Do the gradients of different tasks conflict? Their cosine similarity on Point-Robot (Fig. 8).
 
-    python experiments/gradients.py RUN [RUN ...] [--out FOLDER]
+    python experiments/gradients.py RUN [RUN ...]
 
-A quadrant's gradient is that of the action loss on its training tasks, with respect to the last T2MIR layer of the
-agent, or to the dense layer there. The goals of quadrants I and III lie in opposite directions. The cosines of all runs
-with the same backbone and the same MoEs are averaged. Writes FOLDER/gradients.png.
+A quadrant's gradient is that of the action loss in its training tasks, with respect to the last
+T2MIR layer, or to the dense layer there. The goals of quadrants I and III lie in opposite
+directions. The cosines of all runs with the same mode and the same MoEs are averaged. The picture
+is FOLDER/gradients.png.
 """
 
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -17,60 +19,83 @@ import tyro
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import t2mir  # noqa: E402
-from collect import BadInput, write_atomically  # noqa: E402
-from experiments.fresh_tasks import open_run  # noqa: E402
+import t2mir
+from collect import BadInput, require, write_atomically
+from experiments.report import open_run
 
 BATCHES = 20  # of a gradient
-QUADRANTS = {"I": (1, 1), "II": (-1, 1), "III": (-1, -1), "IV": (1, -1)}  # signs of the goal's x and y
+QUADRANTS = {"I": (1, 1), "II": (-1, 1), "III": (-1, -1), "IV": (1, -1)}  # signs of a goal's x, y
 
 
 def cosines(run):
-    """Cosine similarities (4, 4) of the quadrants' gradients, and the agent's name."""
-    model, data, train, _ = open_run(run)  # in evaluation mode: no dropout and no noise in the routers
+    """Cosine similarities of the quadrants' gradients, (4, 4). Dropout and noise are off."""
+    model, data, train_tasks, _ = open_run(run)
     c = model.config
-    if c.env != "point_robot":
-        raise BadInput(f"{run} is of {c.env}: quadrants are those of point_robot")
-    block, gradients = model.blocks[max(c.moe_blocks)], []
-    parameters = [p for p in (block.moe or block.mlp).parameters() if p.requires_grad]
+    require(c.env == "point_robot", f"{run} is of {c.env}: quadrants are those of point_robot")
+    last = max(i % c.n_layers for i in c.moe_layers)
+    layer = model.blocks[last].moe or model.blocks[last].mlp
+    parameters = [p for p in layer.parameters() if p.requires_grad]
+    gradients = []
     for name, signs in QUADRANTS.items():
-        members = train & (np.sign(data["tasks"]) == signs).all(1)
-        if not members.any():
-            raise BadInput(f"{run} has no training task in quadrant {name}")
-        x, loss = t2mir.tensors(data, members, c.device), 0.0
+        members = train_tasks & (np.sign(data["tasks"]) == signs).all(1)
+        require(members.any(), f"{run} has no training task in quadrant {name}")
+        x = t2mir.to_tensors(data, members)
+        loss = 0
         for i in range(BATCHES):
             torch.manual_seed(i)
-            loss = loss + model(t2mir.BACKBONES[c.mode].batch(c, x, i, 2 * int(members.sum())))["action"]
-        of_quadrant = torch.autograd.grad(loss, parameters, allow_unused=True)  # InfoNCE's W has no part in acting
-        gradients.append(torch.cat([g.flatten() for g in of_quadrant if g is not None]))
+            batch = t2mir.DRAW_BATCH[c.mode](c, x, i, 2 * int(members.sum()))
+            outputs, _ = model.predict(batch)
+            loss = loss + model.policy.loss(outputs, batch.targets)
+        # InfoNCE's W and the noise of the token router have no part in acting.
+        parts = torch.autograd.grad(loss, parameters, allow_unused=True)
+        gradients.append(torch.cat([part.flatten() for part in parts if part is not None]))
     g = F.normalize(torch.stack(gradients), dim=1)
-    moes = [name for name, on in (("token", c.token_moe), ("task", c.task_moe)) if on]
-    agent = c.mode.upper() if not moes else f"T2MIR-{c.mode.upper()}" + f", {moes[0]} MoE only" * (len(moes) == 1)
-    return g @ g.T, agent
+    return g @ g.T
+
+
+def agent_name(run):
+    """The mode of a run, and which MoEs it has."""
+    config = t2mir.read_checkpoint(run)["config"]
+    mode = config["mode"].upper()
+    if config["token_moe"] and config["task_moe"]:
+        return f"T2MIR-{mode}"
+    if config["token_moe"]:
+        return f"T2MIR-{mode}, token MoE only"
+    if config["task_moe"]:
+        return f"T2MIR-{mode}, task MoE only"
+    return mode
 
 
 def main(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("figures")):
-    if not runs:
-        raise BadInput("name at least one run of point_robot")
-    agents = {}
+    """Prints the cosines of each agent and draws them.
+
+    Args:
+        runs: folders of runs of point_robot
+        out: folder of the picture
+    """
+    require(runs, "name at least one run of point_robot")
+    agents = defaultdict(list)
     for run in runs:
-        similarity, agent = cosines(run)
-        agents.setdefault(agent, []).append(similarity)
-    fig, others = Figure(figsize=(3.2 * len(agents), 3.4)), ~torch.eye(4, dtype=torch.bool)
-    for ax, (agent, similarities) in zip(fig.subplots(1, len(agents), squeeze=False)[0], agents.items()):
+        agents[agent_name(run)].append(cosines(run))
+    others = ~torch.eye(4, dtype=torch.bool)
+    fig = Figure(figsize=(3.2 * len(agents), 3.4))
+    axes = fig.subplots(1, len(agents), squeeze=False)[0]
+    for ax, (agent, similarities) in zip(axes, agents.items()):
         mean = torch.stack(similarities).mean(0)
         ax.imshow(mean, vmin=-1, vmax=1, cmap="RdBu_r")
         for i in range(4):
             for j in range(4):
                 ax.text(j, i, f"{mean[i, j]:.2f}", ha="center", va="center", fontsize=8)
-        ax.set(xticks=range(4), yticks=range(4), xticklabels=QUADRANTS, yticklabels=QUADRANTS)
-        ax.set(title=f"{agent}: {mean[others].mean():.2f}")
-        of_runs = ", ".join(f"{s[others].mean():.3f}" for s in similarities)
+        ax.set_xticks(range(4), QUADRANTS)
+        ax.set_yticks(range(4), QUADRANTS)
+        ax.set_title(f"{agent}: {mean[others].mean():.2f}", fontsize=10)
+        by_run = ", ".join(f"{similarity[others].mean():.3f}" for similarity in similarities)
         print(f"{agent}: cosine of quadrants I and III {mean[0, 2]:.3f}, ", end="")
-        print(f"mean of all pairs {mean[others].mean():.3f} (runs: {of_runs})")
+        print(f"mean of all pairs {mean[others].mean():.3f} (runs: {by_run})")
     fig.tight_layout()
-    write_atomically(out / "gradients.png", lambda file: fig.savefig(file, dpi=150, format="png"))
-    print(f"picture: {out / 'gradients.png'}")
+    path = out / "gradients.png"
+    write_atomically(path, lambda file: fig.savefig(file, dpi=150, format="png"))
+    print(f"picture: {path}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 #
 # The times are minutes of one core of an AMD EPYC; two names at once use two cores. The data comes first: Point-Robot's
 # takes 2 minutes, HalfCheetah's 16, Walker2d's 54, Point-Robot's with 1,000 tasks 12 on two cores. Tables are printed
-# and written to figures/, where rows are added to CSV files. Runs that have ended are not repeated.
+# and written to figures/; a comparison adds a row to figures/pairs.csv. Runs that have ended are not repeated.
 set -e
 cd "$(dirname "$0")/.."
 data() { [ -f "data/$1.npz" ] || python collect.py --env "$1"; }
@@ -126,25 +126,19 @@ ad-quality) # 70 minutes after `quality`
         half "$half"
         pairs "AD, 3,000 steps: $half half" "point_robot-$half-ad" "0 1 2 3 4" 400 --data "data_$half" $ad
     done ;;
-defaults) # 10 minutes after `pairs`, `ad`, `cheetah` and `walker`
+defaults) # 2 minutes after `pairs`, `ad`, `cheetah` and `walker`
     agents="point_robot-dpt point_robot-ad cheetah_vel-dpt cheetah_vel-ad walker_param-dpt walker_param-ad"
     python experiments/figures.py $(for a in $agents; do runs $a "0 1 2" && runs $a-dense "0 1 2"; done) --out figures
-    for agent in point_robot-dpt point_robot-ad; do
-        python experiments/fresh_tasks.py $(runs $agent "0 1 2") --tasks 400 --seed 1 --csv figures/fresh_tasks.csv
-    done
-    for agent in cheetah_vel-dpt cheetah_vel-ad; do
-        python experiments/fresh_tasks.py $(runs $agent "0 1 2") --tasks 100 --csv figures/fresh_tasks.csv
-    done
-    python experiments/fresh_tasks.py $(runs point_robot-dpt "0 1 2") --tasks 400 --seed 1 --context other \
-        --csv figures/fresh_tasks.csv
-    python experiments/speeds.py $(runs cheetah_vel-dpt "0 1 2") --out figures/cheetah_vel-dpt-speeds.csv
     for env in point_robot cheetah_vel walker_param; do python experiments/watch.py "runs/$env-dpt-seed0"; done ;;
 gradients) # 2 minutes after `pairs` and `ad`
     python experiments/gradients.py $(for a in dpt dpt-dense ad ad-dense; do runs point_robot-$a "0 1 2"; done) ;;
 routing) # 11 minutes after `pairs`, `ad` and `cheetah`
-    run cheetah_vel-dpt-all-seed0 --env cheetah_vel --moe-layers all
+    run cheetah_vel-dpt-all-seed0 --env cheetah_vel --moe-layers 0 1 2 3
     for agent in point_robot-dpt point_robot-ad cheetah_vel-dpt cheetah_vel-dpt-all; do
         python experiments/routing.py runs/$agent-seed0
     done ;;
+drawings) # 1 minute after any of the comparisons
+    python experiments/draw_layer.py
+    python experiments/figures.py --pairs figures/pairs.csv ;;
 *) grep '^[a-z-]*) #' experiments/reproduce.sh ;;
 esac

@@ -1,0 +1,494 @@
+"""Tests of the scripts in this folder, on tiny datasets and runs of six steps.
+
+python -m pytest -q experiments/test_experiments.py
+"""
+
+import csv
+import dataclasses
+import shlex
+import sys
+from pathlib import Path
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import torch
+import tyro
+from torch.utils.flop_counter import FlopCounterMode
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+import t2mir
+from collect import BadInput, BatchedSAC, collect, load, settings_of
+from envs import ENVS, make_vec, sample_tasks
+from experiments import clone_experts, compare, figures, gradients, routing, subset, watch
+from experiments.bench_collect import flops_of_update
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore:.*Box observation space")
+
+TINY = {
+    "d_model": 16,
+    "n_layers": 1,
+    "n_heads": 2,
+    "token_experts": 4,
+    "task_experts": 5,
+    "context": 2,
+    "queries": 6,
+    "stride": 1,
+    "steps": 6,
+    "batch": 4,
+    "warmup": 2,
+    "eval_every": 6,
+    "eval_episodes": 2,
+    "device": "cpu",
+}
+DENSE = {"token_moe": False, "task_moe": False}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a tiny dataset of each family. Most actions are random, all experts poor."""
+    out = tmp_path_factory.mktemp("data")
+    tiny = {"out": out, "hidden": 16, "batch": 16, "copies": 2, "seed": 3, "history": 1.0}
+    tiny["device"] = "cpu"
+    point = {"steps": 200, "random_steps": 130, "episodes": 16, "train_tasks": 8, "test_tasks": 3}
+    collect("point_robot", **tiny | point)
+    robot = {"steps": 400, "random_steps": 385, "episodes": 3, "train_tasks": 2, "test_tasks": 1}
+    for name in ("cheetah_vel", "walker_param"):
+        collect(name, **tiny | robot)
+    return out
+
+
+@pytest.fixture(scope="module")
+def train(folder, tmp_path_factory):
+    """train(name, mode, env, **given): the folder of a run, trained once for each name."""
+    runs = tmp_path_factory.mktemp("runs")
+
+    def train_once(name, mode="dpt", env="point_robot", **given):
+        if not (runs / name).exists():
+            where = {"data": str(folder), "runs": str(runs), "name": name}
+            t2mir.train(t2mir.preset(env, mode, **TINY | where | given))
+        return runs / name
+
+    return train_once
+
+
+@pytest.fixture(scope="module")
+def pairs(train):
+    """Two runs of T2MIR, and two of its dense baseline with the same seeds."""
+    first = tuple(train(f"moe{seed}", seed=seed) for seed in (0, 1))
+    second = tuple(train(f"dense{seed}", seed=seed, **DENSE) for seed in (1, 0))
+    return first, second
+
+
+@pytest.fixture(scope="module")
+def row(pairs, tmp_path_factory):
+    """The row of compare.py's table that compares `pairs` in five fresh tasks."""
+    path = tmp_path_factory.mktemp("table") / "pairs.csv"
+    compare.main(*pairs, tasks=5, label="pair", csv=path)
+    with open(path, newline="") as file:
+        (row,) = csv.DictReader(file)
+    return row
+
+
+def fresh_returns(runs):
+    """The returns of runs in five fresh tasks of seed 1, (runs, tasks, episodes)."""
+    tasks = sample_tasks("point_robot", 5, [1, 2])
+    returns = []
+    for run in runs:
+        history = t2mir.evaluate(t2mir.load_agent(run), tasks, 2, 1)
+        returns.append(history["rewards"].sum(-1).numpy())
+    return np.stack(returns)
+
+
+def numbers(text):
+    return [float(number) for number in text.split()]
+
+
+# ---- compare.py ----------------------------------------------------------------------------------
+
+
+def test_returns_in_fresh_tasks(row, pairs):
+    """The table has an agent's mean returns by episode."""
+    for which, runs in zip(("first", "second"), pairs):
+        expected = fresh_returns(runs).mean((0, 1))
+        assert numbers(row[f"{which}_return"]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_standard_error_over_the_runs(row, pairs):
+    """With two runs it is half of their difference."""
+    a, b = fresh_returns(pairs[0]).mean(1)
+    assert numbers(row["first_error"]) == pytest.approx(abs(a - b) / 2, rel=1e-2)
+
+
+@pytest.mark.parametrize(("name", "episode"), [("score_1", 0), ("score_2", 1), ("score", 1)])
+def test_differences_of_scores(name, episode, row, pairs, folder):
+    """They are those of the agents' returns in the same fresh tasks, in units of the range."""
+    data = load(folder / "point_robot.npz")
+    width = data["expert_return"].mean() - data["random_return"].mean()
+    first, second = (fresh_returns(runs)[:, :, episode].mean() for runs in pairs)
+    expected = (first - second) / width
+    assert float(row[f"{name}_difference"]) == pytest.approx(expected, rel=1e-3)
+    assert float(row[f"{name}_low"]) <= expected <= float(row[f"{name}_high"])
+
+
+def test_difference_of_held_out_losses(row, pairs, folder):
+    """It is that of the mean losses in the single held-out tasks."""
+    data = load(folder / "point_robot.npz")
+    means = []
+    for runs in pairs:
+        losses = []
+        for run in runs:
+            for task in np.flatnonzero(data["test"]):
+                x = t2mir.to_tensors(data, np.arange(len(data["test"])) == task)
+                losses.append(t2mir.held_out_loss(t2mir.load_agent(run), x))
+        means.append(np.mean(losses))
+    assert float(row["heldout_difference"]) == pytest.approx(means[0] - means[1], rel=1e-3)
+
+
+def test_one_agent_alone_is_measured(pairs, capsys):
+    """Without a second agent the returns are printed, and nothing is compared."""
+    compare.main(pairs[0], tasks=5)
+    printed = capsys.readouterr().out
+    for mean in fresh_returns(pairs[0]).mean((0, 1)):
+        assert f"{mean:.2f}" in printed
+    assert "difference" not in printed
+
+
+def test_few_seeds_are_said(pairs, capsys):
+    """With two pairs the output says that the intervals leave the seeds out."""
+    compare.main(*pairs, tasks=5)
+    assert "leaves the seeds out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        (("moe0", "moe1"), ("dense0",), "seeds must be the same"),
+        (("moe0", "moe0"), ("dense0", "dense1"), "second run with seed 0"),
+        (("moe0", "dense1"), ("dense0", "dense1"), "runs of one agent"),
+        ((), ("dense0",), "runs of one agent"),
+        (("moe0",), ("other_mode0",), "must have one environment"),
+    ],
+)
+def test_what_cannot_be_compared(first, second, said, pairs, train):
+    """Other seeds, a seed twice, several agents, no runs, another mode."""
+    train("other_mode0", mode="ad", seed=0)
+    runs = pairs[0][0].parent
+    with pytest.raises(BadInput, match=said):
+        compare.main([runs / name for name in first], [runs / name for name in second], tasks=2)
+
+
+def test_a_run_that_has_not_ended(train, tmp_path):
+    """It is refused: its agent would be compared before its time."""
+    saved = t2mir.read_checkpoint(train("moe0", seed=0))
+    torch.save(saved | {"step": 3}, tmp_path / "ckpt.pt")
+    with pytest.raises(BadInput, match="has not ended"):
+        compare.main([tmp_path], tasks=2)
+
+
+def test_another_dataset_is_refused(train, folder, tmp_path):
+    """A dataset at the place of the one that a run was trained on is not taken for it."""
+    saved = t2mir.read_checkpoint(train("moe0", seed=0))
+    arrays = dict(np.load(folder / "point_robot.npz"))
+    arrays["rewards"][0, 0, 0] += 1
+    np.savez(tmp_path / "point_robot.npz", **arrays)
+    moved = saved["config"] | {"data": str(tmp_path)}
+    torch.save(saved | {"config": moved}, tmp_path / "ckpt.pt")
+    with pytest.raises(BadInput, match="not the dataset"):
+        compare.open_run(tmp_path)
+
+
+def test_a_missing_dataset_is_not_collected(train, tmp_path):
+    """A script that measures a run says that its dataset is missing."""
+    saved = t2mir.read_checkpoint(train("moe0", seed=0))
+    moved = saved["config"] | {"data": str(tmp_path)}
+    torch.save(saved | {"config": moved}, tmp_path / "ckpt.pt")
+    with pytest.raises(BadInput, match="is missing"):
+        compare.open_run(tmp_path)
+
+
+def test_a_table_with_other_columns_is_left_alone(tmp_path):
+    """A row is not added to a file of other columns."""
+    path = tmp_path / "table.csv"
+    compare.append(path, {"a": 1, "b": 2})
+    with pytest.raises(BadInput, match="other columns"):
+        compare.append(path, {"a": 1, "c": 2})
+    assert path.read_text() == "a,b\n1,2\n"
+
+
+def of_means(x, y):
+    return x.mean() - y.mean()
+
+
+def test_width_of_an_interval():
+    """Two agents vary over seeds and tasks: the interval has the width of a normal one."""
+    rng = np.random.default_rng(0)
+    agents = []
+    for level in (0.9, 0.8):
+        by_seed = 0.02 * rng.normal(size=(30, 1))
+        by_task = 0.05 * rng.normal(size=(1, 80))
+        agents.append(level + by_seed + by_task)
+    _, low, high = compare.interval(of_means, *agents)
+    deviation = (2 * 0.02**2 / 30 + 2 * 0.05**2 / 80) ** 0.5  # the noise of both agents
+    assert high - low == pytest.approx(2 * 1.96 * deviation, rel=0.2)
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_fewer_than_three_seeds_are_left_out_of_an_interval(seeds):
+    """Where only the seeds differ, the interval has no width with fewer than three of them."""
+    scores = np.arange(seeds)[:, None] * np.ones((1, 10))
+    _, low, high = compare.interval(np.mean, scores)
+    assert (high > low) == (seeds >= 3)
+
+
+def test_interquartile_mean():
+    """It leaves out the lowest and the highest quarter of all numbers."""
+    x = np.random.default_rng(0).normal(size=(4, 10))
+    middle = np.sort(x.flatten())[10:30]
+    assert compare.interquartile_mean(x) == pytest.approx(middle.mean())
+
+
+# ---- figures.py ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(pairs, tmp_path_factory):
+    """What figures.py makes of `pairs` with made-up returns: its folder, and scores by run."""
+    scores = {}
+    for i, run in enumerate((*pairs[0], *pairs[1])):
+        returns = {}
+        for name in figures.CONTEXTS:
+            returns[name] = np.random.default_rng(i).uniform(-9, -1, size=(2, 3))
+        result = {"tasks": np.arange(6).reshape(3, 2), "amount": np.array([1, 2])}
+        result["random_return"] = np.full(3, -9.0)
+        result["expert_return"] = np.full(3, -1.0)
+        np.savez(run / "result.npz", **result, **returns)
+        scores[run.name] = (returns["own"] + 9) / 8  # (episodes, tasks)
+    out = tmp_path_factory.mktemp("figures")
+    figures.main((*pairs[0], *pairs[1]), out=out)
+    return out, scores
+
+
+def test_means_of_the_table(made):
+    """A row has the mean scores of the two runs of an agent, by episode."""
+    out, scores = made
+    lines = (out / "results.md").read_text().splitlines()
+    for agent, line in (("moe", lines[2]), ("dense", lines[3])):
+        cells = line.split(" | ")
+        assert cells[2] == "2"
+        for episode in (0, 1):
+            both = (scores[f"{agent}0"][episode] + scores[f"{agent}1"][episode]).mean() / 2
+            assert cells[3 + episode].startswith(f"{both:.3f} [")
+
+
+def test_rows_of_runs(made):
+    """The CSV file has a row for each run, with its scores by episode."""
+    out, scores = made
+    with open(out / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row, expected in zip(rows, scores.values(), strict=True):
+        assert numbers(row["score_own"]) == pytest.approx(expected.mean(1), rel=1e-3)
+
+
+def test_dense_baseline_has_the_colour_of_its_agent(pairs):
+    """The name of T2MIR's baseline is that of the dense agent with the same settings."""
+    moe, dense = (t2mir.read_checkpoint(runs[0])["config"] for runs in pairs)
+    assert figures.names(moe)["baseline"] == figures.names(dense)["agent"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"recipe": "paper", "lr": 3e-3},
+        {"mode": "ad", "guests": False, "moe_layers": (0, -1), "w_con": 0.0, "seed": 2},
+    ],
+)
+def test_command_of_a_run(given):
+    """The command that results.csv has for a run makes the run's settings."""
+    config = dataclasses.asdict(t2mir.preset(**given))
+    command = shlex.split(figures.names(config)["command"])
+    recipe = given.get("recipe", "ours")
+    default = t2mir.preset(config["env"], config["mode"], recipe)
+    default = t2mir.Flags(**dataclasses.asdict(default), recipe=recipe)
+    flags = tyro.cli(t2mir.Flags, default=default, args=command[2:])
+    parsed = dataclasses.asdict(flags)
+    assert {name: parsed[name] for name in config} == config
+    assert ("--recipe" in command) == (recipe == "paper")
+
+
+def test_pictures_are_drawn(made, tmp_path):
+    """The runs' picture and both pictures of the pairs are PNG files."""
+    figures.main(pairs=HERE / "results/pairs.csv", out=tmp_path)
+    for path in (made[0] / "scores.png", tmp_path / "pairs.png", tmp_path / "growth.png"):
+        assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_table_without_pairs_is_refused(train):
+    """The log of a run is not a table of compare.py."""
+    with pytest.raises(BadInput, match="no row"):
+        figures.main(pairs=train("moe0", seed=0) / "log.csv")
+
+
+# ---- The other scripts ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["ad", "dpt"])
+def test_routing_picture(mode, train, tmp_path, monkeypatch):
+    """It is drawn for a run with three held-out tasks."""
+    monkeypatch.setattr(routing, "POINTS", 100)  # for speed
+    run = train(f"{mode}-routing", mode=mode)
+    routing.main(run, tmp_path)
+    assert (tmp_path / f"{mode}-routing-routing.png").stat().st_size > 10_000
+
+
+def test_routing_needs_both_routers(train):
+    """A run without the token-wise MoE is refused."""
+    with pytest.raises(BadInput, match="lacks an MoE"):
+        routing.main(train("task_only", token_moe=False))
+
+
+def test_routing_needs_three_tasks(train):
+    """A run with one held-out task is refused."""
+    with pytest.raises(BadInput, match="1 held-out tasks"):
+        routing.main(train("one_task", val_tasks=1))
+
+
+def test_queries_of_ad_are_routed_as_state_tokens(train, folder):
+    """With stride 1 a query sees what the token of the same state sees."""
+    model = t2mir.load_agent(train("ad-routing", mode="ad"))
+    data = load(folder / "point_robot.npz")
+    stored = {name: data[name] for name in ("states", "actions", "rewards")}
+    for routed in routing.route(model, routing.arrays_of_episodes(stored)):
+        states = routed.logits[:, 0:60:3]
+        torch.testing.assert_close(states, routed.logits[:, 60:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ENVS)
+def test_watched_agent_acts_as_it_is_evaluated(name, train):
+    """The returns are those of `evaluate`, and there is a state for each time of each episode."""
+    agent = t2mir.load_agent(train(f"watch-{name}", env=name, stride=10))
+    tasks = sample_tasks(name, 1, seed=0)
+    states, returns = watch.act(agent, tasks, 2)
+    history = t2mir.evaluate(agent, tasks, 2, seed=1)
+    np.testing.assert_array_equal(returns, history["rewards"].sum(-1).numpy())
+    vec = make_vec(name, tasks)
+    vec.reset(seed=0)
+    assert states.shape == (2, vec.horizon + 1, 1, vec.state.shape[1])
+
+
+@pytest.mark.parametrize("name", ENVS)
+def test_frames_of_a_gif_differ(name):
+    """What moves in the simulator moves in the pictures, also if the robot's place stays."""
+    tasks = sample_tasks(name, 1, seed=0)
+    vec = make_vec(name, tasks)
+    vec.reset(seed=0)
+    states = [vec.state.copy()]
+    for _ in range(4):
+        vec.step(np.ones(vec.action_space.shape))
+        states.append(vec.state.copy())
+    states = np.array(states)
+    states[:, :, 1] = 0  # a robot's x, to which the view moves
+    frames = watch.make_frames(name, states[None], tasks, np.zeros((1, 1)))
+    assert (frames[0] != frames[1]).any()
+
+
+def test_gif_of_a_run(made, train, tmp_path):
+    """It can be read, and its first picture is not its last."""
+    watch.main(train("moe0", seed=0), tasks=1, episodes=1, out=tmp_path)
+    frames = imageio.imread(tmp_path / "moe0.gif")
+    assert (frames[0] != frames[-1]).any()
+
+
+def test_last_picture_stands_for_a_second():
+    """It is repeated, so that the end can be seen."""
+    states = np.random.default_rng(0).normal(size=(1, 5, 1, 2))
+    frames = watch.make_frames("point_robot", states, np.zeros((1, 2)), np.zeros((1, 1)))
+    assert len(frames) == 4 + watch.FRAMES_PER_SECOND
+
+
+def test_watched_tasks_are_ordered():
+    """Tasks of one number are picked in its order, without the extremes."""
+    every = np.array([[3.0], [0.0], [2.0], [1.0], [4.0]])
+    assert watch.pick_tasks(every, 3).tolist() == [3, 2, 0]
+
+
+@pytest.mark.parametrize("part", ["all", "early", "late", "mixed"])
+def test_part_of_a_dataset(part, folder, tmp_path):
+    """It has the first training tasks, all test tasks, and the chosen episodes of them."""
+    subset.main(folder / "point_robot.npz", tmp_path, train_tasks=3, episodes=part)
+    whole = load(folder / "point_robot.npz")
+    small = load(tmp_path / "point_robot.npz")
+    kept = {
+        "all": range(16),
+        "early": range(8),
+        "late": range(8, 16),
+        "mixed": (0, 1, 2, 3, 8, 9, 10, 11),
+    }
+    episodes = list(kept[part])
+    tasks = [0, 1, 2, 8, 9, 10]  # in a tiny dataset the test tasks are the last three
+    for name in ("states", "actions", "rewards", "expert_actions", "learner_actions"):
+        np.testing.assert_array_equal(small[name], whole[name][tasks][:, episodes])
+    for name in ("test", "tasks", "random_return", "expert_return"):
+        np.testing.assert_array_equal(small[name], whole[name][tasks])
+    np.testing.assert_array_equal(small["guest"], whole["guest"][episodes])
+
+
+def test_a_dataset_is_not_overwritten(folder):
+    """A part is not written over a dataset."""
+    with pytest.raises(BadInput, match="exists"):
+        subset.main(folder / "point_robot.npz", folder)
+
+
+def test_cosines_of_gradients(train, folder):
+    """They are those of the gradients that `backward` leaves in the parameters of the layer."""
+    run = train("moe0", seed=0)
+    data = load(folder / "point_robot.npz")
+    model = t2mir.load_agent(run)
+    found = []
+    for signs in ((1, 1), (-1, -1)):
+        members = ~data["test"] & (np.sign(data["tasks"]) == signs).all(1)
+        x = t2mir.to_tensors(data, members)
+        model.zero_grad()
+        for i in range(gradients.BATCHES):
+            torch.manual_seed(i)
+            batch = t2mir.dpt_batch(model.config, x, i, 2 * members.sum())
+            outputs, _ = model.predict(batch)
+            model.policy.loss(outputs, batch.targets).backward()
+        layer = model.blocks[-1].moe.parameters()
+        found.append(torch.cat([p.grad.flatten() for p in layer if p.grad is not None]))
+    expected = torch.cosine_similarity(*found, dim=0)
+    assert gradients.cosines(run)[0, 2] == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_a_clone_that_is_told_the_task_fits_it():
+    """Where the right action is the task itself, only the clone that is told the task knows it."""
+    torch.manual_seed(0)
+    states = torch.randn(8, 40, 2)
+    told = torch.linspace(-0.8, 0.8, 8)[:, None]
+    labels = told[:, None].expand(8, 40, 1)
+    errors = []
+    for seen in (told[:, :0], told):
+        clone = clone_experts.Clone(states, 1, seen)
+        clone_experts.fit(clone, states, labels, 100)
+        errors.append((clone.act(states)[0] - labels).square().mean().item())
+    assert errors[1] < 0.1 * errors[0]
+
+
+@pytest.mark.parametrize("name", ENVS)
+def test_flops_are_those_that_torch_counts(name):
+    """The matrix products of two updates, one with a policy step, as torch's counter sees them."""
+    s = settings_of(name, hidden=24, batch=10, device="cpu")
+    family = ENVS[name]
+    agents = BatchedSAC(3, family.obs_dim, family.act_dim, s)
+    states = torch.randn(3, 10, family.obs_dim)
+    actions = torch.rand(3, 10, family.act_dim)
+    rewards = torch.randn(3, 10)
+    discounts = torch.rand(3, 10)
+    noise = torch.randn(2, 3, 10, family.act_dim)
+    with FlopCounterMode(display=False) as counter:
+        for policy in (True, False):
+            agents.update(states, actions, rewards, discounts, states, noise, policy=policy)
+    assert counter.get_total_flops() == 2 * 3 * flops_of_update(family, s)
