@@ -268,6 +268,23 @@ def fingerprint(arrays):
     return digest.hexdigest()
 
 
+def mean_and_std(array, tasks):
+    """Mean and deviation of array (N, E, T, dim) over `tasks`: (dim,) float64 each.
+
+    One task at a time is read. The deviation of a dimension that does not move, up to the rounding
+    of its type, is replaced by its largest absolute value, so that rounding is not blown up.
+    """
+    chosen = np.flatnonzero(tasks)
+    count = len(chosen) * array.shape[1] * array.shape[2]
+    mean = sum(array[i].sum((0, 1), dtype=np.float64) for i in chosen) / count
+    squares = sum(((array[i] - mean) ** 2).sum((0, 1)) for i in chosen)
+    largest = np.max([abs(array[i]).max((0, 1)) for i in chosen], axis=0).astype(np.float64)
+    std = np.sqrt(squares / count)
+    std = np.where(std > 4 * np.finfo(array.dtype).eps * largest, std, largest)
+    std[std == 0] = 1
+    return mean, std
+
+
 # ---- Settings ------------------------------------------------------------------------------------
 
 

@@ -24,9 +24,9 @@ the running one, those before it the finished ones. The picture has the queries 
     -------------------------------               ^     sees the finished episode, and the earlier
                                                         steps of its own episode.
 
-AD's queries repeat states of the context. If the context holds every step, to predict at its state
-tokens gives the same (`test_ad_queries_equal_state_tokens` shows it). Queries also work after a
-context that holds only every n-th step, which is one of the changes below (`--stride`).
+AD's queries repeat states of the context. If the context holds every step, predicting at its state
+tokens gives the same result (`test_ad_queries_equal_state_tokens` shows it). Queries also work
+after a context that holds only every n-th step, which is one of the changes below (`--stride`).
 
 Decision-Pretrained Transformer (DPT). The context is a prompt: K episodes of any quality.
 
@@ -37,7 +37,7 @@ Decision-Pretrained Transformer (DPT). The context is a prompt: K episodes of an
                                                         whole prompt and itself, q3 only itself.
 
 This file changes both algorithms. Each change has a switch in `Config`, and `--recipe paper` takes
-all of them back.
+all of these changes back.
 
 T2MIR changes the transformer: in some blocks the feed-forward layer becomes two mixtures of experts
 (MoE) side by side. In each of them a router sends a token to k of M small networks, its experts.
@@ -47,7 +47,7 @@ encoder by a contrastive loss, InfoNCE, which pulls two sequences of the same ta
 
     B  sequences in a batch            K  episodes in a context          D, d  width of a token
     L  tokens in a sequence            S  steps in a context             M     experts of an MoE
-    T  steps in an episode (horizon)   Q  queries behind a context       k     experts of a token
+    T  steps in an episode (horizon)   Q  queries after a context       k     experts of a token
     N, E  in a dataset: number of tasks, and of episodes of each task
 """
 
@@ -79,6 +79,7 @@ from collect import (
     dataset_path,
     keep_freed_memory,
     load,
+    mean_and_std,
     pick_device,
     require,
     write_atomically,
@@ -100,7 +101,7 @@ class Config:
     mode: Literal["ad", "dpt"] = "dpt"  # Algorithm Distillation or Decision-Pretrained Transformer
 
     # What this file changes in the published AD and DPT. PAPER has the published values.
-    late_episode: bool = True  # change, AD: the running episode is late, and alone is predicted
+    late_episode: bool = True  # change, AD: only actions of a late running episode are predicted
     worse_episodes: bool = True  # change, AD: the finished episodes are mostly bad ones
     clean_targets: bool = True  # change, AD: the targets are the learner's actions without noise
     guests: bool = True  # change, AD: in some episodes the learner of another task acts, as a guest
@@ -127,7 +128,7 @@ class Config:
     momentum: float = 0.005  # MoE: how far the key router follows the task router in each step
 
     context: int = 1  # data: episodes in a context (K)
-    queries: int = 40  # data: queries behind a context (Q), AD: at most T; as published it has K T
+    queries: int = 40  # data: queries after a context (Q), AD: at most T; as published it has K T
     steps: int = 2_500  # training: steps
     batch: int = 32  # training: sequences in a batch (B), two of each task
     lr: float = 5e-3  # training: peak learning rate
@@ -162,8 +163,11 @@ class Config:
         require(self.dropout < 1, "--dropout must be less than 1")
         require(self.momentum <= 1, "--momentum must be at most 1")
 
-        most = min(self.token_experts, self.task_experts) - 1
-        require(2 <= self.top_k <= most, f"--top-k must be from 2 to {most}")
+        experts = min(self.token_experts, self.task_experts)
+        chooses = 2 <= self.top_k < experts
+        require(
+            chooses, f"--top-k must be at least 2 and less than the {experts} experts of an MoE"
+        )
         n = self.n_layers
         exist = all(-n <= i < n for i in self.moe_layers)
         require(exist, f"--moe-layers must be from {-n} to {n - 1}, as there are {n} blocks")
@@ -171,14 +175,14 @@ class Config:
         require(divisible, "--d-model must be a multiple of 16 and of --n-heads")
         even = self.batch % 2 == 0 and self.batch > 2
         require(even, "--batch must be even and at least 4: it has two sequences of each task")
-        imitates_guests = self.guests and not self.clean_targets
+        imitates_guests = self.mode == "ad" and self.guests and not self.clean_targets
         require(not imitates_guests, "--no-clean-targets needs --no-guests, or guests are imitated")
 
 
-# `--recipe paper`: the published form of everything that this file changes. The learning rate and
-# the sizes are not part of it: the release trains for 100,000 steps (10,000 of them warm-up) with
-# learning rate 3e-4, which takes far more time. It has d_model 128 (AD on MuJoCo 256), 8 heads (DPT
-# on MuJoCo 4), batch 32 (AD on MuJoCo 24) and dropout 0.05.
+# `--recipe paper`: the published form of the fields marked "change". Sizes and training are not
+# part of it. The release trains for 100,000 steps (10,000 of them warm-up) with learning rate 3e-4;
+# in a laptop's few thousand steps AdamW learns far more with 3e-3. The release has d_model 128 (AD
+# on MuJoCo 256), 8 heads (DPT on MuJoCo 4), batch 32 (AD on MuJoCo 24) and dropout 0.05.
 PAPER = {
     "late_episode": False,
     "worse_episodes": False,
@@ -265,7 +269,7 @@ def mean_of_seen(h, sees, n):
 
 
 class Cache:
-    """What the layers have computed for the past tokens of an agent that acts. It only stores.
+    """What the layers have computed for the past tokens of an agent that acts.
 
     No later token changes any of it, so that acting with a cache equals the full forward pass, if
     the context only grows at its end.
@@ -366,7 +370,7 @@ class Routing(NamedTuple):
     gates: torch.Tensor  # (B, L, k) the weights of the chosen experts, which sum to 1
     chosen: torch.Tensor  # (B, L, k) the indices of these experts
     load: torch.Tensor | None = None  # (B, L, M) P(expert is chosen), where there is noise
-    unread: int = 0  # so many tokens, the first ones, skip the experts: nothing reads the outputs
+    unread: int = 0  # number of leading tokens that skip the experts
 
     def importance(self, first=0):
         """Imp (M,): the gates of each expert, summed over the tokens from `first` on."""
@@ -374,10 +378,10 @@ class Routing(NamedTuple):
         return gates[:, first:].sum((0, 1))
 
     def experts_used(self):
-        """How many experts compute the tokens that are read: exp(entropy of their shares), 1 to M.
+        """How many experts the tokens use: exp(entropy of the experts' shares), from 1 to M.
 
-        By default these are the queries, see `T2MIRLayer.forward`. If it is hardly more than k,
-        nearly all tokens use the same experts: the router collapsed.
+        Tokens that skip the experts do not count; by default these are all but the queries. If the
+        number is hardly more than k, nearly all tokens use the same experts: the router collapsed.
         """
         computed = self.importance(self.unread)
         share = computed / computed.sum()
@@ -468,12 +472,15 @@ def cv_squared(x):
 
 
 def load_probability(clean, noisy, sigma, k):
-    """P(expert i is in the top k if only its own noise were drawn again), (..., M).
+    """The probability that expert i is in the top k, (..., M); its sum over tokens is Load in (2).
 
-    clean, noisy, sigma (..., M): logits without and with noise, and the deviation of the noise. The
-    threshold is the k-th largest noisy logit of the others (Shazeer et al. 2017, appendix A).
-    Example: clean = noisy = (3, 2, 1), sigma = 1, k = 2. The thresholds are (1, 1, 2), the loads
-    Phi(2), Phi(1), Phi(-1) = 0.98, 0.84, 0.16. The number of choices, 1, 1, 0, has no gradient.
+    How often an expert is chosen could be counted, but a count has no gradient. So the noisy logits
+    of the other experts are kept, and only i's own noise is drawn again. Expert i is then chosen if
+    it is above the k-th largest of the others, the threshold (Shazeer et al. 2017, appendix A).
+
+    clean, noisy, sigma (..., M): logits without and with noise, and the deviation of the noise.
+    Example: clean = noisy = (3, 2, 1), sigma = 1, k = 2. The thresholds are (1, 1, 2), the
+    probabilities Phi(2), Phi(1), Phi(-1) = 0.98, 0.84, 0.16; a count would be 1, 1, 0.
     """
     top = noisy.topk(k + 1, dim=-1).values
     kth = top[..., k - 1 : k]
@@ -487,12 +494,13 @@ def info_nce(z, k, W, task_ids):
 
     z (B, M) router outputs, k (B, M) outputs of the key router, W (M, M), task_ids (B,). Positives
     are the other sequences of i's task (one of them, with two sequences of each task), negatives
-    are the B - 2 sequences of other tasks. A router that knows nothing of the task has log(B - 1):
-    3.43 in a batch of 32, 2.71 in one of 16.
+    are the B - 2 sequences of other tasks. A router that gives all tasks the same output has
+    log(B - 1), the chance level: 3.43 in a batch of 32, 2.71 in one of 16.
 
-    The paper's reason: I >= log(B - 1) - loss, where I is the mutual information between the task
-    and the router's output (van den Oord et al. 2018), so a smaller loss means more information.
-    The bound needs negatives from all tasks; here and in the release they are from other tasks.
+    The paper's reason: the mutual information between the task and the router's output is at least
+    log(B - 1) - loss (van den Oord et al. 2018), so the loss maximises it. This holds if negatives
+    are drawn from all tasks, i's own included. Here and in the release i's own is left out, so it
+    holds approximately.
     """
     similarity = z @ W @ k.T  # (B, B)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
@@ -626,15 +634,17 @@ class T2MIRLayer(nn.Module):
     def forward(self, h, sees, cache, unread):
         """h (B, L, d) -> the outputs of the tokens h[:, unread:], and a Routing for each MoE.
 
-        By default, and in the release, this layer stands in the last block. There nothing reads its
-        outputs at the context tokens, so its experts compute the queries only. The context tokens
-        are routed all the same: the balance loss (2) trains their token-wise routing, and InfoNCE
-        (4) the task-wise routing of the last context token.
+        By default, and in the release, this layer is in the last block. There nothing reads its
+        outputs at the context tokens, so its experts compute the queries only. The routers run on
+        all tokens, because two losses read what they say: the balance loss (2) trains the
+        token-wise routing of all tokens, and InfoNCE (4) the task-wise routing of the last context
+        token.
         """
         outputs = []
         routings = []
         for moe in self.moes:
-            with torch.autocast(h.device.type, enabled=False):  # small differences decide
+            # In float32, because rounding could change which experts are chosen.
+            with torch.autocast(h.device.type, enabled=False):
                 routing = moe.route(h, sees, cache)._replace(unread=unread)
             gates = routing.gates[:, unread:]
             chosen = routing.chosen[:, unread:]
@@ -659,7 +669,7 @@ class Block(nn.Module):
             self.moe = T2MIRLayer(c)
         else:
             width = 4 * d
-            if named:  # plain AD or DPT: as many weights as a token uses in the T2MIR layer
+            if named:  # plain AD or DPT: the weights that a token uses in a T2MIR layer of top_k 2
                 width = 6 * d
             first = nn.Linear(d, width, bias=False)
             self.mlp = nn.Sequential(first, nn.GELU(), nn.Linear(width, d, bias=False))
@@ -697,7 +707,7 @@ class Steps(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """B sequences: a context and Q queries behind it."""
+    """B sequences: a context and Q queries after it."""
 
     context: Steps
     queries: torch.Tensor  # (B, Q, obs_dim) states in which an action is predicted
@@ -809,7 +819,7 @@ class T2MIR(nn.Module):
         return loss, {name: value.detach() for name, value in log.items()}
 
     def act(self, context, states, when, cache=None):
-        """The output in `states` (B, obs_dim) at time `when`, behind the Steps `context`: (B, D).
+        """The output in `states` (B, obs_dim) at time `when`, after the Steps `context`: (B, D).
 
         Without a cache this is the full forward pass. With a cache only what is new is computed:
         the steps that the cache does not hold yet, and the states.
@@ -822,8 +832,8 @@ class T2MIR(nn.Module):
         query = self.embed_states(states[:, None], query_time)
         x = torch.cat([self.embed_steps(new_steps), query], dim=1)
 
-        # Each token sees all tokens up to itself. All new tokens have a row in `sees`, but without
-        # a past only the query needs one, and `attend` knows that the others are causal.
+        # Each token sees all tokens up to itself. `attend` takes tokens without a row in `sees` as
+        # causal, which is right if nothing is past: then only the query has a row.
         L = x.shape[1]
         rows = L
         if past == 0:
@@ -842,7 +852,7 @@ class T2MIR(nn.Module):
 def open_dataset(c, may_collect=False):
     """The dataset, and two masks (N,): training tasks and held-out tasks.
 
-    If the dataset of a task family is missing, it is collected, should `may_collect` allow it.
+    If the dataset of a task family is missing and `may_collect`, it is collected first.
     Raises BadInput if the dataset does not fit the Config.
     """
     path = dataset_path(c.data, c.env)
@@ -914,13 +924,15 @@ def ad_batch(c, x, step, size):
     As published, a context is K consecutive episodes of the learning history of one task. In each
     of their states the model predicts the action that the learner took there, from all that was
     before it. The learner becomes better along its history, so a model that predicts its next
-    actions acts better than what stands in the context.
+    actions acts better than what is in the context.
 
-    Changed: the running episode is a late one, and it alone is predicted (`late_episode`), in half
-    of the cases with a guest (`guests`), see `late_episodes`. The finished episodes are mostly bad
-    ones (`worse_episodes`). The targets are the learner's actions without the noise by which it
-    explores, which nobody can predict (`clean_targets`). What the model learns is then less the
-    next improvement than what a learner does in the end.
+    Changed:
+    - `late_episode`: only actions of the running episode are predicted, and it is a late one;
+    - `guests`: in half of the running episodes another task's learner acts, see `late_episodes`;
+    - `worse_episodes`: the finished episodes are mostly bad ones;
+    - `clean_targets`: the targets are the learner's actions without the noise by which it explores,
+      which nobody can predict. They are `learner_actions`, if the dataset has them.
+    The model then learns how a trained learner acts, more than how a learner improves.
     """
     T = x["rewards"].shape[2]
     K = c.context
@@ -993,8 +1005,9 @@ def late_episodes(c, x, size):
 def worse_episodes(c, x, tasks, running, n):
     """n finished episodes of each sequence, (B, n), in the order of their returns.
 
-    They are n of the r worst episodes of the task, with r random. So most of them are bad, and the
-    agent has to find out by itself what would be better.
+    They are drawn from the r worst episodes of the task, with r random, and if r < n also from the
+    others. So most of them are bad, and the agent has to find out by itself what would be better.
+    With `guests`, episodes in which a guest acts are among them.
     """
     by_return = x["by_return"][tasks[:, 0]]  # (B, E)
     B, E = by_return.shape
@@ -1013,8 +1026,8 @@ def dpt_batch(c, x, step, size):
 
     The context, here called the prompt, is K episodes of any quality, drawn at random, in the order
     of their returns. The queries are states of other episodes. Each sees a random number of the
-    prompt's steps, so that the agent can act with little or much experience. It has no time: the
-    expert's action does not depend on it.
+    prompt's steps, so that the agent can act with little or much experience. A query has no time:
+    the expert's action does not depend on it.
     """
     E, T = x["rewards"].shape[1:]
     tasks = two_sequences_of_each_task(x, size)
@@ -1099,7 +1112,8 @@ def evaluate(model, tasks, episodes, seed=0, context_of=own_context, use_cache=T
     Returns the agent's history in the format of a dataset: `states` (N, episodes, T, obs_dim),
     `actions` (N, episodes, T, act_dim) or int, `rewards` (N, episodes, T). The returns are
     `evaluate(...)["rewards"].sum(-1)`, (N, episodes). `context_of` says what the agent sees of its
-    history; without the cache each step is a full forward pass.
+    history; within an episode, its steps may only become more. Without the cache each step is a
+    full forward pass.
     """
     c = model.config
     device = model.state_mean.device
@@ -1142,7 +1156,7 @@ def evaluate(model, tasks, episodes, seed=0, context_of=own_context, use_cache=T
 def held_out_loss(model, x, batches=20):
     """The mean -log P of the targets in `x`, made by `to_tensors`: always in the same batches.
 
-    It is known up to a constant, which differs between the policies.
+    A constant is left out, which differs between the policies.
     """
     c = model.config
     size = min(c.batch, 2 * len(x["tasks"]))
@@ -1170,23 +1184,6 @@ def scores(returns, data, tasks):
 # ---- Training ------------------------------------------------------------------------------------
 
 
-def mean_and_std(array, tasks):
-    """Mean and deviation of array (N, E, T, dim) over `tasks`: (dim,) float64 each.
-
-    One task at a time is read. The deviation of a dimension that does not move, up to the rounding
-    of its type, is replaced by its largest absolute value, so that rounding is not blown up.
-    """
-    chosen = np.flatnonzero(tasks)
-    count = len(chosen) * array.shape[1] * array.shape[2]
-    mean = sum(array[i].sum((0, 1), dtype=np.float64) for i in chosen) / count
-    squares = sum(((array[i] - mean) ** 2).sum((0, 1)) for i in chosen)
-    largest = np.max([abs(array[i]).max((0, 1)) for i in chosen], axis=0).astype(np.float64)
-    std = np.sqrt(squares / count)
-    std = np.where(std > 4 * np.finfo(array.dtype).eps * largest, std, largest)
-    std[std == 0] = 1
-    return torch.from_numpy(mean), torch.from_numpy(std)
-
-
 def sizes_of(data):
     """What T2MIR has to know of a dataset: a dict of obs_dim, act_dim, discrete and horizon."""
     actions = data["actions"]
@@ -1207,8 +1204,10 @@ def sizes_of(data):
 def new_model(c, data, tasks):
     """A T2MIR for a dataset, with the means and deviations of states and rewards in `tasks`."""
     model = T2MIR(c, sizes_of(data))
-    model.state_mean, model.state_std = mean_and_std(data["states"], tasks)
-    model.reward_mean, model.reward_std = mean_and_std(data["rewards"][..., None], tasks)
+    state_statistics = mean_and_std(data["states"], tasks)
+    reward_statistics = mean_and_std(data["rewards"][..., None], tasks)
+    model.state_mean, model.state_std = map(torch.from_numpy, state_statistics)
+    model.reward_mean, model.reward_std = map(torch.from_numpy, reward_statistics)
     return model
 
 
@@ -1339,7 +1338,7 @@ def fit(c, folder, saved, rank, processes, device):
             row = mean_of(recent) | measure(model, data, held_out, x_held_out)
             row = {name: float(f"{value:.6g}") for name, value in row.items()}
             said = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
-            bar.write(f"step {done}: {said}")
+            bar.write(f"step {done} of {c.steps}: {said}")
             run["step"] = done
             run["seconds"] = round(perf_counter() - started)
             run["log"].append({"step": done} | row | {"seconds": run["seconds"]})

@@ -37,7 +37,7 @@ def open_run(run, data="", device="cpu"):
         c = dataclasses.replace(c, data=data)
     arrays, train_tasks, held_out = t2mir.open_dataset(c)
     same = arrays["fingerprint"] == t2mir.read_checkpoint(run)["fingerprint"]
-    require(same, f"{c.data} has another dataset than the one that {run} was trained on")
+    require(same, f"{c.env} in {c.data} is not the dataset that {run} was trained on")
     return agent, arrays, train_tasks, held_out
 
 
