@@ -126,6 +126,23 @@ ad-quality) # 70 minutes after `quality`
         half "$half"
         pairs "AD, 3,000 steps: $half half" "point_robot-$half-ad" "0 1 2 3 4" 400 --data "data_$half" $ad
     done ;;
+changes) # 90 minutes: each change of AD and DPT taken away, and the published form; result.npz has the scores
+    data point_robot
+    for variant in "ours" "squared --policy squared" "adamw --optimizer adamw --lr 3e-3" "last --no-remember-best" \
+        "empty --no-grow-prompt" "greedy --sample never" "paper --recipe paper --lr 3e-3" \
+        "paper3e-4 --recipe paper --lr 3e-4" "paper-dense --recipe paper --lr 3e-3 --no-token-moe --no-task-moe"; do
+        set -- $variant
+        name=changes-dpt-$1
+        shift
+        run "$name" --eval-every 2500 "$@"
+    done
+    for variant in "ours" "noguests --no-guests" "noworse --no-worse-episodes" "nolate --no-late-episode" \
+        "noclean --no-clean-targets --no-guests" "paper --recipe paper --lr 3e-3"; do
+        set -- $variant
+        name=changes-ad-$1
+        shift
+        run "$name" $ad --eval-every 3000 --eval-episodes 30 "$@"
+    done ;;
 defaults) # 2 minutes after `pairs`, `ad`, `cheetah` and `walker`
     agents="point_robot-dpt point_robot-ad cheetah_vel-dpt cheetah_vel-ad walker_param-dpt walker_param-ad"
     python experiments/figures.py $(for a in $agents; do runs $a "0 1 2" && runs $a-dense "0 1 2"; done) --out figures
