@@ -16,7 +16,7 @@ the queries are. First their published form, as the paper uses it:
 
 Algorithm Distillation (AD). The context is K consecutive episodes of the learning history of one
 agent, the learner. AD predicts an action in every state of the context. The last episode is called
-the running one, those before it the finished ones. The picture has the queries of the running one.
+the running one, those before it the finished ones. The picture shows the queries of the former.
 
     s a r s a r s a r | s a r s a r s a r | q1 q2 q3    Each query predicts the action that the
     -------------------                     ^           learner took there. q1, q2 and q3 are the
@@ -36,14 +36,15 @@ Decision-Pretrained Transformer (DPT). The context is a prompt: K episodes of an
                                     ^                   steps of the prompt and itself, q2 sees the
                                                         whole prompt and itself, q3 only itself.
 
-This file changes both algorithms. Each change has a switch in `Config`, and `--recipe paper` takes
-all of these changes back.
+This file changes both algorithms. The changes that matter have a switch each, marked "change" in
+`Config`, and `--recipe paper` takes these back.
 
 T2MIR changes the transformer: in some blocks the feed-forward layer becomes two mixtures of experts
 (MoE) side by side. In each of them a router sends a token to k of M small networks, its experts.
 The token-wise router looks at the token itself, and a balance loss keeps all of its experts in use.
 The task-wise router looks at the mean of all tokens that the token sees. It is trained as a task
-encoder by a contrastive loss, InfoNCE, which pulls two sequences of the same task together.
+encoder by a contrastive loss, InfoNCE, which pulls two sequences of the same task together and
+pushes those of other tasks away.
 
     B  sequences in a batch            K  episodes in a context          D, d  width of a token
     L  tokens in a sequence            S  steps in a context             M     experts of an MoE
@@ -105,7 +106,7 @@ class Config:
     worse_episodes: bool = True  # change, AD: the finished episodes are mostly bad ones
     clean_targets: bool = True  # change, AD: the targets are the learner's actions without noise
     guests: bool = True  # change, AD: in some episodes the learner of another task acts, as a guest
-    remember_best: bool = True  # change, acting: an agent also remembers its best episodes
+    remember_best: bool = True  # change, acting: an agent remembers its best episodes
     grow_prompt: bool = True  # change, DPT acting: in the first episode the prompt is its own steps
     policy: Literal["gaussian", "squared"] = "gaussian"  # change: not a squared error
     sample: Literal["always", "first", "never"] = "always"  # change: sample actions, to explore
@@ -128,7 +129,7 @@ class Config:
     momentum: float = 0.005  # MoE: how far the key router follows the task router in each step
 
     context: int = 1  # data: episodes in a context (K)
-    queries: int = 40  # data: queries after a context (Q), AD: at most T; as published it has K T
+    queries: int = 40  # data: queries after a context (Q), AD: at most T; published AD has K T
     steps: int = 2_500  # training: steps
     batch: int = 32  # training: sequences in a batch (B), two of each task
     lr: float = 5e-3  # training: peak learning rate
@@ -179,8 +180,8 @@ class Config:
         require(not imitates_guests, "--no-clean-targets needs --no-guests, or guests are imitated")
 
 
-# `--recipe paper`: the published form of the fields marked "change". Sizes and training are not
-# part of it. The release trains for 100,000 steps (10,000 of them warm-up) with learning rate 3e-4;
+# `--recipe paper`: the published form of the fields marked "change". Learning rate, steps and sizes
+# stay. The release trains for 100,000 steps (10,000 of them warm-up) with learning rate 3e-4;
 # in a laptop's few thousand steps AdamW learns far more with 3e-3. The release has d_model 128 (AD
 # on MuJoCo 256), 8 heads (DPT on MuJoCo 4), batch 32 (AD on MuJoCo 24) and dropout 0.05.
 PAPER = {
@@ -277,11 +278,11 @@ class Cache:
 
     def __init__(self, capacity):
         self.capacity = capacity  # tokens
-        self.length = 0  # past tokens; what is stored behind them is overwritten
+        self.length = 0  # past tokens; what is stored after them is overwritten
         self.stored = {}
 
     def extend(self, key, new):
-        """Puts new (..., L, w) behind the past of `key` and returns both, (..., past + L, w)."""
+        """Puts new (..., L, w) after the past of `key` and returns both, (..., past + L, w)."""
         if key not in self.stored:
             self.stored[key] = new.new_empty(*new.shape[:-2], self.capacity, new.shape[-1])
         end = self.length + new.shape[-2]
@@ -380,8 +381,8 @@ class Routing(NamedTuple):
     def experts_used(self):
         """How many experts the tokens use: exp(entropy of the experts' shares), from 1 to M.
 
-        Tokens that skip the experts do not count; by default these are all but the queries. If the
-        number is hardly more than k, nearly all tokens use the same experts: the router collapsed.
+        Only tokens that reach the experts count, by default the queries. If the number is hardly
+        more than k, nearly all tokens use the same experts: the router has collapsed.
         """
         computed = self.importance(self.unread)
         share = computed / computed.sum()
@@ -476,7 +477,8 @@ def load_probability(clean, noisy, sigma, k):
 
     How often an expert is chosen could be counted, but a count has no gradient. So the noisy logits
     of the other experts are kept, and only i's own noise is drawn again. Expert i is then chosen if
-    it is above the k-th largest of the others, the threshold (Shazeer et al. 2017, appendix A).
+    it is above the k-th largest of the others, the threshold (Shazeer et al. 2017, appendix A). For
+    an expert that is in the top k, this is the (k + 1)-th largest of all.
 
     clean, noisy, sigma (..., M): logits without and with noise, and the deviation of the noise.
     Example: clean = noisy = (3, 2, 1), sigma = 1, k = 2. The thresholds are (1, 1, 2), the
@@ -485,7 +487,7 @@ def load_probability(clean, noisy, sigma, k):
     top = noisy.topk(k + 1, dim=-1).values
     kth = top[..., k - 1 : k]
     next_best = top[..., k : k + 1]
-    threshold = torch.where(noisy >= kth, next_best, kth)  # an expert is not its own rival
+    threshold = torch.where(noisy >= kth, next_best, kth)
     return torch.special.ndtr((clean - threshold) / sigma)
 
 
@@ -494,13 +496,13 @@ def info_nce(z, k, W, task_ids):
 
     z (B, M) router outputs, k (B, M) outputs of the key router, W (M, M), task_ids (B,). Positives
     are the other sequences of i's task (one of them, with two sequences of each task), negatives
-    are the B - 2 sequences of other tasks. A router that gives all tasks the same output has
-    log(B - 1), the chance level: 3.43 in a batch of 32, 2.71 in one of 16.
+    are the B - 2 sequences of other tasks. If the outputs do not depend on the task, the loss is at
+    the chance level log(B - 1): 3.43 in a batch of 32, 2.71 in one of 16.
 
-    The paper's reason: the mutual information between the task and the router's output is at least
-    log(B - 1) - loss (van den Oord et al. 2018), so the loss maximises it. This holds if negatives
-    are drawn from all tasks, i's own included. Here and in the release i's own is left out, so it
-    holds approximately.
+    The paper's reason: two sequences of a task share nothing but the task, and the information that
+    the router's output has of it is at least log(B - 1) - loss (van den Oord et al. 2018). So to
+    minimise the loss is to maximise this bound. It is exact if negatives are drawn from all tasks,
+    and an approximation here, as in the release, where they are from other tasks only.
     """
     similarity = z @ W @ k.T  # (B, B)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
@@ -761,8 +763,8 @@ class T2MIR(nn.Module):
     def embed_steps(self, steps):
         """Steps -> tokens s a r s a r ..., (B, 3 S, D).
 
-        A token knows its time in the episode, but no position in the context: which episode comes
-        first shows only in what a token sees.
+        The only position embedding is the time in the episode. The order of the episodes is known
+        through the causal mask alone: later tokens see more.
         """
         rewards = self.normalise(steps.rewards[..., None], self.reward_mean, self.reward_std)
         when = self.embed_time(steps.times)
@@ -832,8 +834,8 @@ class T2MIR(nn.Module):
         query = self.embed_states(states[:, None], query_time)
         x = torch.cat([self.embed_steps(new_steps), query], dim=1)
 
-        # Each token sees all tokens up to itself. `attend` takes tokens without a row in `sees` as
-        # causal, which is right if nothing is past: then only the query has a row.
+        # Each token sees all tokens up to itself. In the first call only the query needs a row, as
+        # the steps are causal. Later each new token has a row, because it sees the past as well.
         L = x.shape[1]
         rows = L
         if past == 0:
@@ -985,10 +987,10 @@ def previous_episodes(x, running, n):
 def late_episodes(c, x, size):
     """A running episode of each sequence, (B, 1): one of the last min(40, E / 4).
 
-    What is imitated there is good. With `guests`, the running episode is in half of the cases one
-    in which a guest acts, the learner of another task; the target is still what the learner of this
-    task would do. Without guests, the earlier actions of the running episode already reveal the
-    next one, and the model can ignore the rewards.
+    What is imitated there is good. But the actions of a good learner give its goal away, and the
+    model could copy them without a look at the rewards. So in half of these episodes a guest acts
+    in the task, the learner of another one (`guests`): its actions mislead, only the rewards tell
+    the task. The target is still what the task's own learner would do in that state.
     """
     E = len(x["guest"])
     late = torch.arange(E) >= E - max(1, min(E // 4, 40))
@@ -1034,7 +1036,7 @@ def dpt_batch(c, x, step, size):
     by_return = x["by_return"][tasks[:, 0]]  # (B, E)
     rank = torch.randint(E, (size, c.context)).sort(dim=1).values
     context = gather_steps(x, tasks, by_return.gather(1, rank), c.stride)
-    # No query is from the prompt: where an expert acts in the data, it would show the answer.
+    # No query is from the prompt, which would show the answer if an expert acts in it.
     others = torch.ones(size, E).scatter(1, rank, 0)
     other_rank = others.multinomial(c.queries, replacement=True)  # (B, Q)
     query = (tasks, by_return.gather(1, other_rank), torch.randint(T, (size, c.queries)))
@@ -1112,7 +1114,7 @@ def evaluate(model, tasks, episodes, seed=0, context_of=own_context, use_cache=T
     Returns the agent's history in the format of a dataset: `states` (N, episodes, T, obs_dim),
     `actions` (N, episodes, T, act_dim) or int, `rewards` (N, episodes, T). The returns are
     `evaluate(...)["rewards"].sum(-1)`, (N, episodes). `context_of` says what the agent sees of its
-    history; within an episode, its steps may only become more. Without the cache each step is a
+    history; within an episode, steps may only be added at its end. Without the cache each step is a
     full forward pass.
     """
     c = model.config
@@ -1214,8 +1216,8 @@ def new_model(c, data, tasks):
 def new_optimizers(model):
     """AdamW, and for the matrices of attention, experts and dense layers Muon (Jordan et al. 2024).
 
-    Muon makes the update of a matrix orthogonal and scales it to the size of AdamW's updates. An
-    agent learns more in the same number of steps.
+    Muon makes the update of a matrix orthogonal and scales it to the size of AdamW's updates. With
+    it an agent learns more in the same number of steps.
     """
     c = model.config
     matrices = []
@@ -1354,7 +1356,7 @@ def mean_of(logs):
 
 
 def measure(model, data, tasks, x):
-    """The held-out loss, and with a simulator return and score of the last episode, in `tasks`."""
+    """The held-out loss in `tasks`, and with a simulator the last episode's return and score."""
     numbers = {"heldout": held_out_loss(model, x)}
     if data["simulator"]:
         history = evaluate(model, data["tasks"][tasks], model.config.eval_episodes)
@@ -1400,7 +1402,7 @@ def check_settings(c, saved):
     kept = ", ".join(sorted(changed - {"steps", "device", "data"}))
     require(not kept, f"--resume keeps the settings of the run, so it does not take: {kept}")
     done = saved["step"]
-    require(c.steps >= done, f"--steps must be at least {done}: so many are done")
+    require(c.steps >= done, f"--steps must be at least the {done} steps that are done")
     if "steps" in changed or "device" in changed:
         print("with other steps or another device, the result is not that of one long run")
 
