@@ -101,7 +101,8 @@ class Config:
     env: str = "point_robot"  # task family in envs.py, or the name of a dataset: data/ENV.npz
     mode: Literal["ad", "dpt"] = "dpt"  # Algorithm Distillation or Decision-Pretrained Transformer
 
-    # What this file changes in the published AD and DPT. PAPER has the published values.
+    # What this file changes in the published AD and DPT; PAPER has the published values. Effects in
+    # the docstrings below are scores on Point-Robot with one seed, from experiments/RESULTS.md.
     late_episode: bool = True  # change, AD: only actions of a late running episode are predicted
     worse_episodes: bool = True  # change, AD: the finished episodes are mostly bad ones
     clean_targets: bool = True  # change, AD: the targets are the learner's actions without noise
@@ -551,7 +552,8 @@ class GaussianPolicy(Policy):
     """A normal distribution for each action dimension, with a learned deviation from 0.05 to 1.
 
     Where the targets have no noise, the deviation says how little the agent knows of its task. An
-    agent that samples its actions therefore explores a new task until it knows it.
+    agent that samples its actions therefore explores a new task until it knows it. DPT scores 0.98
+    in episode 10, without sampling 0.95, and with squared errors 0.92.
     """
 
     numbers = 2
@@ -990,7 +992,8 @@ def late_episodes(c, x, size):
     What is imitated there is good. But the actions of a good learner give its goal away, and the
     model could copy them without a look at the rewards. So in half of these episodes a guest acts
     in the task, the learner of another one (`guests`): its actions mislead, only the rewards tell
-    the task. The target is still what the task's own learner would do in that state.
+    the task. The target is still what the task's own learner would do in that state. AD scores 0.88
+    in episode 10, without guests 0.81.
     """
     E = len(x["guest"])
     late = torch.arange(E) >= E - max(1, min(E // 4, 40))
@@ -1062,7 +1065,8 @@ def remember(c, returns):
     As published, they are the last K of them, in AD K - 1 beside the running one. Changed
     (`remember_best`): DPT sees its best episodes. An agent that sees only its last one, which may
     have gone straight to a wrong place, learns little from it and goes there again. AD sees its
-    newest episode and the best of the others, in the order of their returns.
+    newest episode and the best of the others, in the order of their returns. DPT scores 0.98 in
+    episode 10 either way, AD in episode 30 0.90 instead of 0.86.
     """
     N, count = returns.shape
     room = c.context
@@ -1084,7 +1088,7 @@ def own_context(c, history, episode, t):
 
     AD always sees the earlier steps of the running episode. As published, DPT never does, so its
     prompt is empty in its first episode. Changed (`grow_prompt`): in its first episode it sees them
-    too, and can adapt at once.
+    too, and scores 0.80 in it instead of -0.01.
     """
     N, _, T = history["rewards"].shape
     tasks = torch.arange(N)[:, None]
@@ -1216,8 +1220,8 @@ def new_model(c, data, tasks):
 def new_optimizers(model):
     """AdamW, and for the matrices of attention, experts and dense layers Muon (Jordan et al. 2024).
 
-    Muon makes the update of a matrix orthogonal and scales it to the size of AdamW's updates. With
-    it an agent learns more in the same number of steps.
+    Muon makes the update of a matrix orthogonal and scales it to the size of AdamW's updates. DPT
+    scores 0.98 in episode 10, and 0.95 with AdamW alone.
     """
     c = model.config
     matrices = []

@@ -1915,7 +1915,7 @@ BAD_FLAGS = """
 --dtype nope | nope
 --device nope | --device
 --sample nope | --sample
---no-clean-targets | --no-guests
+--mode ad --no-clean-targets | --no-guests
 --val-tasks 9 | --val-tasks
 word | word
 --runs FILE --batch 8 | FILE
