@@ -993,7 +993,7 @@ def late_episodes(c, x, size):
     model could copy them without a look at the rewards. So in half of these episodes a guest acts
     in the task, the learner of another one (`guests`): its actions mislead, only the rewards tell
     the task. The target is still what the task's own learner would do in that state. AD scores 0.88
-    in episode 10, without guests 0.81.
+    in episode 10, without guests 0.81, and 0.25 if all actions of any episodes are predicted.
     """
     E = len(x["guest"])
     late = torch.arange(E) >= E - max(1, min(E // 4, 40))
@@ -1012,7 +1012,8 @@ def worse_episodes(c, x, tasks, running, n):
 
     They are drawn from the r worst episodes of the task, with r random, and if r < n also from the
     others. So most of them are bad, and the agent has to find out by itself what would be better.
-    With `guests`, episodes in which a guest acts are among them.
+    With `guests`, episodes in which a guest acts are among them. AD scores 0.88 in episode 10, with
+    the episodes just before the running one instead 0.54.
     """
     by_return = x["by_return"][tasks[:, 0]]  # (B, E)
     B, E = by_return.shape
