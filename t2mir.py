@@ -16,7 +16,7 @@ the queries are. First their published form, as the paper uses it:
 
 Algorithm Distillation (AD). The context is K consecutive episodes of the learning history of one
 agent, the learner. AD predicts an action in every state of the context. The last episode is called
-the running one, those before it the finished ones. The picture shows the queries of the former.
+the running one, those before it the finished ones. The picture shows the running one's queries.
 
     s a r s a r s a r | s a r s a r s a r | q1 q2 q3    Each query predicts the action that the
     -------------------                     ^           learner took there. q1, q2 and q3 are the
@@ -478,8 +478,9 @@ def load_probability(clean, noisy, sigma, k):
 
     How often an expert is chosen could be counted, but a count has no gradient. So the noisy logits
     of the other experts are kept, and only i's own noise is drawn again. Expert i is then chosen if
-    it is above the k-th largest of the others, the threshold (Shazeer et al. 2017, appendix A). For
-    an expert that is in the top k, this is the (k + 1)-th largest of all.
+    it is above the k-th largest of the others, the threshold (Shazeer et al. 2017, appendix A). If
+    i is in the top k itself, the others below it move up by one without it, so that the threshold
+    is the (k + 1)-th largest of all. Otherwise it is the k-th largest of all.
 
     clean, noisy, sigma (..., M): logits without and with noise, and the deviation of the noise.
     Example: clean = noisy = (3, 2, 1), sigma = 1, k = 2. The thresholds are (1, 1, 2), the
@@ -497,13 +498,13 @@ def info_nce(z, k, W, task_ids):
 
     z (B, M) router outputs, k (B, M) outputs of the key router, W (M, M), task_ids (B,). Positives
     are the other sequences of i's task (one of them, with two sequences of each task), negatives
-    are the B - 2 sequences of other tasks. If the outputs do not depend on the task, the loss is at
-    the chance level log(B - 1): 3.43 in a batch of 32, 2.71 in one of 16.
+    are the B - 2 sequences of other tasks. If all outputs are the same, the loss is at the chance
+    level log(B - 1): 3.43 in a batch of 32, 2.71 in one of 16.
 
     The paper's reason: two sequences of a task share nothing but the task, and the information that
     the router's output has of it is at least log(B - 1) - loss (van den Oord et al. 2018). So to
-    minimise the loss is to maximise this bound. It is exact if negatives are drawn from all tasks,
-    and an approximation here, as in the release, where they are from other tasks only.
+    minimise the loss is to maximise this bound. It is proved for negatives from all tasks. Here, as
+    in the release, they are from other tasks only, so it holds approximately.
     """
     similarity = z @ W @ k.T  # (B, B)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
@@ -572,7 +573,8 @@ class GaussianPolicy(Policy):
         """L_action: -log P times the deviation (beta-NLL with beta 0.5, Seitzer et al. 2022).
 
         The gradient of -log P for the mean is (mean - a) / std^2, which is large where the agent is
-        already sure. Times std^2 it would be that of a squared error; times std it is in between.
+        already sure. Times std^2 it would be mean - a, as with a squared error. Times std it is
+        between the two.
         """
         _, log_std = self(x)
         return (self.neg_log_prob(x, actions) * log_std.detach().exp()).mean()
@@ -935,7 +937,8 @@ def ad_batch(c, x, step, size):
     - `guests`: in half of the running episodes another task's learner acts, see `late_episodes`;
     - `worse_episodes`: the finished episodes are mostly bad ones;
     - `clean_targets`: the targets are the learner's actions without the noise by which it explores,
-      which nobody can predict. They are `learner_actions`, if the dataset has them.
+      which nobody can predict. They are `learner_actions`, if the dataset has them. Without guests,
+      AD scores 0.81 in episode 10 with them, and 0.73 with the actions taken.
     The model then learns how a trained learner acts, more than how a learner improves.
     """
     T = x["rewards"].shape[2]
@@ -1064,10 +1067,9 @@ def remember(c, returns):
     """Which finished episodes an agent sees: returns (N, count), the newest one last -> (N, m).
 
     As published, they are the last K of them, in AD K - 1 beside the running one. Changed
-    (`remember_best`): DPT sees its best episodes. An agent that sees only its last one, which may
-    have gone straight to a wrong place, learns little from it and goes there again. AD sees its
-    newest episode and the best of the others, in the order of their returns. DPT scores 0.98 in
-    episode 10 either way, AD in episode 30 0.90 instead of 0.86.
+    (`remember_best`): AD sees its newest episode and the best of the others, in the order of their
+    returns, and DPT sees its best episodes, so that a bad last one does no harm. AD scores 0.90 in
+    episode 30, without this change 0.86. DPT scores 0.98 in episode 10, with and without it.
     """
     N, count = returns.shape
     room = c.context
