@@ -730,7 +730,7 @@ class T2MIR(nn.Module):
     """The agent: a transformer over (state, action, reward) tokens that predicts actions."""
 
     def __init__(self, c, sizes):
-        """sizes: a dict of obs_dim, act_dim, discrete and horizon, see `sizes_of`."""
+        """sizes: a dict of obs_dim, act_dim, horizon and, if actions are discrete, `discrete`."""
         super().__init__()
         self.config = c
         self.sizes = sizes
@@ -739,7 +739,7 @@ class T2MIR(nn.Module):
         act_dim = sizes["act_dim"]
         d = c.d_model
         policy = POLICIES[c.policy]
-        if sizes["discrete"]:
+        if sizes.get("discrete", False):
             policy = CategoricalPolicy
         # Means and deviations of the training data, in float64 because offsets may be large.
         self.register_buffer("state_mean", torch.zeros(obs_dim, dtype=torch.float64))
