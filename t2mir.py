@@ -1460,7 +1460,7 @@ def load_agent(run, device="cpu"):
 class Flags(Config):
     """The fields of a Config, and what else the command line takes."""
 
-    recipe: Literal["ours", "paper"] = "ours"  # command: paper sets the fields named "change"
+    recipe: Literal["ours", "paper"] = "ours"  # command: paper sets the fields marked "change"
     resume: str = ""  # command: go on with the run in this folder; with --steps, --device, --data
 
 
@@ -1486,7 +1486,7 @@ def main():
     keep_freed_memory()
     folder = train(Config(**flags), resume)
 
-    if int(os.environ.get("RANK") or 0) == 0:
+    if not dist.is_initialized() or dist.get_rank() == 0:
         from experiments.report import report  # here, because it imports this file
 
         report(folder)

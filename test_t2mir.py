@@ -1718,9 +1718,14 @@ def test_a_folder_belongs_to_one_run(data_folder, monkeypatch):
 
 
 def test_a_stray_rank_is_ignored(data_folder, monkeypatch):
-    """Only WORLD_SIZE says that there are several processes."""
+    """Only WORLD_SIZE says that there are several processes: the run is written and reported."""
     monkeypatch.setenv("RANK", "1")
     assert steps_of(short_run("dpt", data_folder)) == [3, 6]
+    reported = []
+    monkeypatch.setattr("experiments.report.report", reported.append)
+    monkeypatch.setattr(t2mir, "train", lambda c, resume: "runs/name")
+    call_main(monkeypatch)
+    assert reported == ["runs/name"]
 
 
 SEVERAL = """
@@ -1985,7 +1990,7 @@ def configs_of(monkeypatch, *argv):
     """The Config that the command line makes."""
     configs = []
     monkeypatch.setattr(t2mir, "train", lambda c, resume: configs.append(c))
-    monkeypatch.setenv("RANK", "1")  # only rank 0 makes a report
+    monkeypatch.setattr("experiments.report.report", lambda run: None)
     call_main(monkeypatch, *argv)
     return configs[0]
 
