@@ -1,6 +1,7 @@
 """The tests: a slow T2MIR in plain loops, the properties of the fast one, runs, data, environments.
 
     python -m pytest -q
+    T2MIR_DEVICE=cuda python -m pytest -q test_t2mir.py  # models and training on a GPU
 
 The slow T2MIR follows the equations of the paper in order; the fast one is held against it. Then
 come AD and DPT as published, the switch of each change, training, files and the command line, and
@@ -59,6 +60,7 @@ pytestmark = [
 ]
 
 HERE = Path(t2mir.__file__).parent
+DEVICE = os.environ.get("T2MIR_DEVICE", "cpu")
 MODES = list(t2mir.DRAW_BATCH)
 ACTIONS = ("actions", "expert_actions", "learner_actions")
 double = torch.float64
@@ -114,8 +116,9 @@ def with_discrete_actions(data):
 
 def tiny(mode, recipe="ours", env="slider", **given):
     """A Config small enough for a test, with a T2MIR layer in every block."""
-    sizes = {"d_model": 16, "n_layers": 2, "n_heads": 2, "moe_layers": (0, 1), "device": "cpu"}
+    sizes = {"d_model": 16, "n_layers": 2, "n_heads": 2, "moe_layers": (0, 1), "device": DEVICE}
     sizes |= {"token_experts": 4, "task_experts": 5, "context": 3, "queries": 3, "batch": 4}
+    sizes["dtype"] = "float32"
     return t2mir.preset(env, mode, recipe, **sizes | given)
 
 
@@ -125,7 +128,7 @@ def model_for(c, data):
     model = t2mir.new_model(c, data, ~data["test"]).eval()
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p)
-    return model
+    return model.to(DEVICE)
 
 
 def draw(c, data, step=0, seed=0):
@@ -140,7 +143,7 @@ def tiny_model(mode, data=None, **given):
 
 def batch_for(model, data=None):
     """A batch, which has two finished episodes if the mode is AD."""
-    return draw(model.config, data or numbered_data(), step=2)
+    return draw(model.config, data or numbered_data(), step=2).to(DEVICE)
 
 
 def moes_of(model, kind):
@@ -256,7 +259,7 @@ class SlowT2MIR:
         return self.model.norm(x)
 
     def state_token(self, state, time):
-        x = (state - self.model.state_mean) / self.model.state_std
+        x = (state.to(DEVICE) - self.model.state_mean) / self.model.state_std
         return self.model.embed_state(x) + self.model.embed_time.weight[time]
 
     def step_tokens(self, state, action, reward, time):
@@ -264,6 +267,8 @@ class SlowT2MIR:
         m = self.model
         if m.policy.discrete:
             action = torch.eye(m.policy.act_dim)[action]
+        action = action.to(DEVICE)
+        reward = reward.to(DEVICE)
         a = m.embed_action(action) + m.embed_time.weight[time]
         r = m.embed_reward((reward - m.reward_mean) / m.reward_std) + m.embed_time.weight[time]
         return [self.state_token(state, time), a, r]
@@ -427,7 +432,7 @@ def test_the_held_out_loss_is_that_of_the_slow_model(mode, variant, in_double):
     fast = t2mir.held_out_loss(model.train(), x, batches=3)
     losses = []
     for i in range(3):
-        batch = draw(model.config, data, step=i, seed=i)
+        batch = draw(model.config, data, step=i, seed=i).to(DEVICE)
         x = SlowT2MIR(model).outputs(batch)
         losses.append(slow_neg_log_prob(model.policy, x, batch.targets).mean())
     assert fast == pytest.approx(sum(losses).item() / 3, rel=1e-9)
@@ -494,14 +499,14 @@ def test_acting_is_that_of_the_slow_agent(mode, recipe, stride, K, sample, in_do
     for name in history:
         near(history[name], plain[name])
 
-    rng = torch.Generator().manual_seed(4)
+    rng = torch.Generator(DEVICE).manual_seed(4)
     for episode in range(4):
         said, _ = distribution(model.policy, slow_outputs(model, history, episode))
         expected = said.mean
         if sample == "always" or (sample == "first" and episode == 0):
-            noise = [torch.randn(2, 2, generator=rng) for t in range(4)]
+            noise = [torch.randn(2, 2, generator=rng, device=DEVICE) for t in range(4)]
             expected = (said.mean + said.stddev * torch.stack(noise, dim=1)).clamp(-1, 1)
-        near(history["actions"][:, episode], expected, 1e-8)
+        near(history["actions"][:, episode], expected.cpu(), 1e-8)
 
 
 @torch.no_grad()
@@ -519,7 +524,7 @@ def test_discrete_acting_is_that_of_the_slow_agent(mode, in_double):
     history = evaluate(model, Buttons(TASKS), 3)
     for episode in range(3):
         logits = model.policy.head(slow_outputs(model, history, episode))
-        assert torch.equal(history["actions"][:, episode], logits.argmax(-1))
+        assert torch.equal(history["actions"][:, episode], logits.argmax(-1).cpu())
     assert len(history["actions"].unique()) > 1
 
 
@@ -563,7 +568,7 @@ def test_ad_queries_equal_state_tokens(in_double):
         actions = []
         for episode, time in itertools.product(own[first : first + 3], range(4)):
             tokens += stored_tokens(slow, data, (task, episode, time))
-            actions.append(torch.tensor(data["actions"][task, episode, time]))
+            actions.append(torch.tensor(data["actions"][task, episode, time], device=DEVICE))
         at_states = slow.transform(tokens, causal(len(tokens)))[::3]
         errors.append((model.policy.head(at_states).tanh() - torch.stack(actions)) ** 2)
     x, _ = model.predict(batch)
@@ -595,8 +600,8 @@ def test_published_dpt_is_one_pass_for_each_query(in_double):
             tokens += stored_tokens(slow, data, tuple(place))
         tokens.append(slow.state_token(batch.queries[b, q], 4))  # a query has no time
         x = slow.transform(tokens, causal(len(tokens)))[-1]
-        expert = data["expert_actions"][tuple(batch.queries[b, q].long())]
-        errors.append((model.policy.head(x).tanh() - torch.tensor(expert)) ** 2)
+        expert = data["expert_actions"][tuple(batch.queries[b, q].long().tolist())]
+        errors.append((model.policy.head(x).tanh() - torch.tensor(expert, device=DEVICE)) ** 2)
     x, _ = model.predict(batch)
     near(model.policy.loss(x, batch.targets), torch.stack(errors).mean())
 
@@ -780,10 +785,34 @@ def test_muon_has_the_matrices_of_the_blocks(moe, optimizer):
         inner = any(part in name for part in (".attention.", ".experts.", ".mlp."))
         if inner and optimizer == "muon":
             expected.append(("Muon", name))
-            assert p.ndim == 2
         elif "key_router" not in name:
             expected.append(("AdamW", name))
     assert sorted(found) == sorted(expected)
+
+
+@pytest.mark.parametrize("rows, columns", [(6, 6), (4, 12), (12, 4)])
+def test_the_batched_muon_is_torchs(rows, columns):
+    """Several steps of a stack of matrices and of single ones are those of torch.optim.Muon.
+
+    That one computes the directions in bfloat16, so that they differ by a percent.
+    """
+    torch.manual_seed(0)
+    stack = torch.nn.Parameter(torch.randn(3, rows, columns, device=DEVICE))
+    single = torch.nn.Parameter(torch.randn(rows, columns, device=DEVICE))
+    alone = [torch.nn.Parameter(m.detach().clone()) for m in (*stack, single)]
+    before = [m.detach().clone() for m in alone]
+    settings = {"lr": 0.1, "weight_decay": 0.1}
+    ours = t2mir.Muon([stack, single], **settings)
+    theirs = torch.optim.Muon(alone, adjust_lr_fn="match_rms_adamw", **settings)
+    for _ in range(4):
+        stack.grad = torch.randn_like(stack)
+        single.grad = torch.randn_like(single)
+        for m, grad in zip(alone, (*stack.grad, single.grad)):
+            m.grad = grad.clone()
+        ours.step()
+        theirs.step()
+    for one, other, start in zip((*stack, single), alone, before):
+        assert (one - other).norm() < 0.02 * (other - start).norm()
 
 
 # ---- What batches are drawn ----------------------------------------------------------------------
@@ -965,18 +994,43 @@ def test_one_product_for_all_experts_equals_the_loop(monkeypatch):
     ends = torch.tensor([0, 5, 6, 6, 13, 13], dtype=torch.int32)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     x = torch.randn(13, 16).bfloat16().requires_grad_()
-    weights = [torch.randn(16, 8).bfloat16().requires_grad_() for i in range(6)]
+    weights = torch.randn(6, 16, 8).bfloat16().requires_grad_()
     results = []
     calls = []
     grouped_mm = F.grouped_mm
     monkeypatch.setattr(F, "grouped_mm", lambda *a, **k: calls.append(1) or grouped_mm(*a, **k))
     for kind in (torch.Tensor, OnGpu):
         y = t2mir.multiply_by_expert(x.as_subclass(kind), weights, ends)
-        grads = torch.autograd.grad(y.square().sum(), [x, *weights], materialize_grads=True)
+        grads = torch.autograd.grad(y.square().sum(), [x, weights])
         results.append([y, *grads])
     for one, other in zip(*results):
         assert (one - other).abs().max() <= 0.02 * (1 + one.abs().max())
     assert calls == [1]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+def test_experts_compute_what_all_experts_would_with_gates_of_zero(dtype, tolerance):
+    """Values and gradients, also where an expert is not chosen, and in the type of the GPU."""
+    torch.manual_seed(0)
+    experts = t2mir.Experts(5, 16, 32, 8).to(DEVICE)
+    h = torch.randn(3, 7, 16, device=DEVICE, requires_grad=True)
+    chosen = torch.rand(3, 7, 4, device=DEVICE).topk(2).indices  # expert 4 is never chosen
+    gates = torch.rand(3, 7, 2, device=DEVICE, requires_grad=True)
+    wanted = torch.randn(3, 7, 8, device=DEVICE)
+
+    every = torch.zeros(3, 7, 5, device=DEVICE).scatter(2, chosen, gates)
+    slow = 0
+    for i in range(5):
+        slow = slow + every[..., i, None] * (F.gelu(h @ experts.w1[i]) @ experts.w2[i])
+    with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+        fast = experts(h, gates, chosen)
+    results = []
+    for y in (slow, fast):
+        inputs = [h, gates, *experts.parameters()]
+        grads = torch.autograd.grad((y * wanted).sum(), inputs, materialize_grads=True)
+        results.append([y, *grads])
+    for one, other in zip(*results):
+        assert (one - other).abs().max() <= tolerance * (1 + one.abs().max())
 
 
 def moe_config():
@@ -1223,7 +1277,10 @@ def test_a_dimension_that_only_rounds_is_divided_by_its_size(kind, noise):
 @torch.no_grad()
 @pytest.mark.parametrize("mode", MODES)
 def test_bfloat16_changes_little(mode):
-    """The routers keep float32, and the losses stay within a few percent; auto is float32 here."""
+    """The routers keep float32, and the losses stay within a few percent."""
+    auto = "float32"
+    if DEVICE == "cuda":
+        auto = "bfloat16"
     kinds = set()
     losses = {}
     for dtype in ("float32", "bfloat16", "auto"):
@@ -1235,7 +1292,7 @@ def test_bfloat16_changes_little(mode):
     assert kinds == {torch.float32}
     for name in ("action", "contrastive"):
         exact = losses["float32"][name].item()
-        assert losses["auto"][name].item() == exact
+        assert losses["auto"][name].item() == losses[auto][name].item()
         assert losses["bfloat16"][name].item() != exact
         assert losses["bfloat16"][name].item() == pytest.approx(exact, rel=0.05)
 
@@ -1421,7 +1478,7 @@ def test_a_tiny_model_learns_a_batch_by_heart(mode):
 def test_the_learning_rate_rises_and_falls(data_folder, monkeypatch):
     """Both optimizers have a linear warm-up to the peak, and from there half a cosine to zero."""
     rates = defaultdict(list)
-    for kind in (torch.optim.AdamW, torch.optim.Muon):
+    for kind in (torch.optim.AdamW, t2mir.Muon):
 
         def recording(optimizer, *args, step=kind.step):
             rates[type(optimizer)].append(optimizer.param_groups[0]["lr"])
@@ -1448,9 +1505,9 @@ def test_a_run_repeats_and_leaves_its_folder(mode, data_folder):
     log = rows(one / "log.csv")
     assert [row["step"] for row in log] == ["3", "6"]
     assert log == rows(again / "log.csv") != rows(other / "log.csv")
-    model = t2mir.load_agent(one)
+    model = t2mir.load_agent(one, DEVICE)
     weights = model.state_dict()
-    same_weights = t2mir.load_agent(again / "ckpt.pt").state_dict()
+    same_weights = t2mir.load_agent(again / "ckpt.pt", DEVICE).state_dict()
     assert all(torch.equal(p, same_weights[name]) for name, p in weights.items())
     assert not model.training
 
@@ -1461,6 +1518,20 @@ def test_a_run_repeats_and_leaves_its_folder(mode, data_folder):
         assert float(log[1][name]) == pytest.approx(measured[name], rel=1e-5)
     terms = {"loss", "action", "nll", "importance", "load", "contrastive"}
     assert terms | {"token_experts", "task_experts"} < log[0].keys()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="it takes a minute there, and does not pay")
+@pytest.mark.parametrize("mode", MODES)
+def test_a_compiled_run_has_the_same_losses(mode, data_folder):
+    """In all numbers of contexts, with both losses logged as means of their own steps."""
+    logs = []
+    for compiled in (False, True):
+        given = {"dropout": 0.0, "compile": compiled, "name": str(compiled), "dtype": "auto"}
+        run = short_run(mode, data_folder, lr=1e-4, w_imp=0.0, w_load=0.0, **given)
+        logs.append(rows(run / "log.csv"))
+    for one, other in zip(*logs):
+        for name in ("action", "contrastive", "heldout"):
+            assert float(one[name]) == pytest.approx(float(other[name]), rel=0.02)
 
 
 def test_the_log_has_the_columns_of_all_its_rows(tmp_path):
@@ -1494,7 +1565,7 @@ def test_the_report_compares_three_contexts(data_folder, capsys):
     run = short_run("dpt", data_folder)
     report(run)
     tasks = load(data_folder / "slider.npz")["tasks"][4:]
-    history = evaluate(t2mir.load_agent(run), tasks, 2, seed=1)
+    history = evaluate(t2mir.load_agent(run, DEVICE), tasks, 2, seed=1)
     with np.load(run / "result.npz") as result:
         np.testing.assert_allclose(result["own"], history["rewards"].sum(-1).T, rtol=1e-6)
         first, second = (result["own"] == result["other"]).all(1)
@@ -1781,10 +1852,11 @@ def test_two_processes_train_one_model(tmp_path, monkeypatch):
     folder = own_data(tmp_path / "data")
     configs = {}
     for mode in MODES:
-        configs[mode] = short(mode, folder, dropout=0.0, name=mode, **given)
+        configs[mode] = short(mode, folder, dropout=0.0, name=mode, device="cpu", **given)
         torch.save(dataclasses.asdict(configs[mode]), tmp_path / f"{mode}.pt")
     (tmp_path / "several.py").write_text(SEVERAL)
-    environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command.append("several.py")
     ended = subprocess.run(
@@ -2041,6 +2113,7 @@ def folder(tmp_path_factory):
     """A folder with a tiny dataset of each family: mostly random actions, poor experts."""
     out = str(tmp_path_factory.mktemp("data"))
     small = {"out": out, "hidden": 16, "batch": 16, "copies": 2, "seed": 3, "history": 1.0}
+    small["device"] = DEVICE
     tasks = {"train_tasks": 5, "test_tasks": 2}
     collect("point_robot", steps=200, random_steps=130, episodes=8, **tasks, **small)
     tasks = {"train_tasks": 2, "test_tasks": 1}
@@ -2302,7 +2375,7 @@ def copy_of_agent(agents, i, num):
 
 def test_an_agent_learns_in_the_batch_what_it_learns_alone():
     """Three agents, updated together and one by one on the same batches, end up the same."""
-    s = settings_of("point_robot", hidden=8, temperature=0.1, dtype="float64")
+    s = settings_of("point_robot", hidden=8, temperature=0.1, dtype="float64", device="cpu")
     torch.manual_seed(0)
     agents = BatchedSAC(3, 2, 2, s).double()
     alone = [copy_of_agent(agents, i, 3) for i in range(3)]
@@ -2331,7 +2404,7 @@ def test_an_agent_learns_in_the_batch_what_it_learns_alone():
 def test_the_density_of_the_policy_is_that_of_a_squashed_gaussian():
     """Actions and log-densities are those of torch's Normal behind a TanhTransform."""
     torch.manual_seed(0)
-    s = settings_of("point_robot", hidden=8, dtype="float64")
+    s = settings_of("point_robot", hidden=8, dtype="float64", device="cpu")
     agents = BatchedSAC(2, 3, 4, s).double()
     agents.actor.weights[-1].data *= 20
     states = torch.randn(2, 50, 3, dtype=double)
@@ -2352,6 +2425,7 @@ def test_values_are_those_of_the_discounted_sum(n, gamma):
     """Critics that are fitted to a constant reward of 2 value it at 2, with every n and gamma."""
     torch.manual_seed(0)
     given = {"hidden": 16, "temperature": 0.0, "tau": 0.5, "lr": 1e-2, "dtype": "float32"}
+    given["device"] = "cpu"
     agents = BatchedSAC(2, 2, 2, settings_of("point_robot", gamma=gamma, **given))
     states = torch.randn(2, 40, 2)
     actions = torch.rand(2, 40, 2) * 2 - 1
@@ -2366,7 +2440,7 @@ def test_values_are_those_of_the_discounted_sum(n, gamma):
 def test_networks_see_normalised_states():
     """The statistics are the mean and deviation of all states, in whatever portions they came."""
     torch.manual_seed(0)
-    agents = BatchedSAC(3, 4, 2, settings_of("point_robot", hidden=8))
+    agents = BatchedSAC(3, 4, 2, settings_of("point_robot", hidden=8, device="cpu"))
     scale = torch.tensor([0.1, 1, 10, 0])
     stored = torch.randn(3, 5, 40, 4) * scale + torch.tensor([0.0, 1, -20, 0.7])
     for part in stored.split(2, dim=1):
@@ -2381,7 +2455,7 @@ def test_networks_see_normalised_states():
 
 def tiny_run(num, **given):
     """A Collection of `num` Point-Robot agents, whose episodes have 20 steps."""
-    return Collection(settings_of("point_robot", hidden=4, episodes=1, **given), num)
+    return Collection(settings_of("point_robot", hidden=4, episodes=1, device="cpu", **given), num)
 
 
 def settings_behind(path):
@@ -2607,6 +2681,7 @@ def test_episodes_with_guests_are_recorded(copies, monkeypatch):
 def test_the_dataset_says_what_was_recorded_of_guests():
     """Any record is stored, so that nobody works it out a second time."""
     given = {"steps": 100, "random_steps": 99, "hidden": 4, "episodes": 20, "history": 1.0}
+    given["device"] = DEVICE
     run = Collection(settings_of("point_robot", **given), 3)
     run.guest[:] = torch.tensor([True, True, False, True, False] * 4)
     assert select(run)["guest"].tolist() == run.guest.tolist()
@@ -2670,6 +2745,7 @@ def test_a_diverging_collection_writes_no_dataset(tmp_path, monkeypatch):
 
     monkeypatch.setitem(ENVS, "idle", Idle)
     given = {"steps": 100, "random_steps": 20, "train_tasks": 2, "test_tasks": 1}
+    given["device"] = DEVICE
     for name in ("point_robot", "idle"):
         with pytest.raises(BadInput, match="non-finite.*--lr"):
             collect(name, lr=1e10, critic_norm=False, out=tmp_path, **given)
