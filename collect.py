@@ -37,6 +37,7 @@ import argparse
 import copy
 import ctypes
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -44,21 +45,28 @@ import os
 import re
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
 from filelock import FileLock, Timeout
+from gymnasium.spaces import Box, Discrete
+from gymnasium.vector import VectorEnv
 from torch import nn
 from tqdm import tqdm
 
-from envs import ENVS, TaskVec, make_vec, sample_tasks
+try:
+    from envs import ENVS, TaskVec, make_vec, sample_tasks
+except ImportError as error:
+    advice = "give your own envs.py another name, because collect.py needs the one beside it"
+    raise ImportError(f"{error}: {advice}") from None
 
 SAVE_EVERY = 300  # seconds between saves of an unfinished collection
 
@@ -82,6 +90,43 @@ def first_line(error):
     return text.splitlines()[0]
 
 
+def run_command(main, interrupted=""):
+    """Calls `main` as a script does: what the user can mend is said in one line."""
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="backslashreplace")  # no name is too foreign to be printed
+    try:
+        main()
+    except (BadInput, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted {interrupted}")
+
+
+def check_fields(settings):
+    """Raises BadInput unless each field of a dataclass has a value of its type.
+
+    Numbers must be finite and not negative.
+    """
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        flag = f"--{field.name.replace('_', '-')} {value}"
+        choices = get_args(field.type)
+        kind = field.type
+        if kind in (int, float):
+            number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+            known = number and 0 <= value < math.inf
+            require(known, f"{flag} must be of type {kind.__name__}, at least 0 and finite")
+        elif kind in (bool, str):
+            require(isinstance(value, kind), f"{flag} must be of type {kind.__name__}")
+        elif isinstance(choices[0], str):
+            require(value in choices, f"{flag} must be one of {', '.join(choices)}")
+
+
+def expand(folder):
+    """The folder as a str, with the home directory in place of ~."""
+    return os.path.expanduser(folder)
+
+
 def write_atomically(path, write):
     """Calls write(file) on a temporary file and renames it to `path`.
 
@@ -94,24 +139,36 @@ def write_atomically(path, write):
         with open(temporary, "wb") as file:
             write(file)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise BadInput(f"{path} cannot be written ({first_line(error)})") from None
+        reason = error
+        if isinstance(error.__context__, OSError):  # of which torch.save makes a RuntimeError
+            reason = error.__context__
+        raise BadInput(f"{path} cannot be written ({first_line(reason)})") from None
 
 
 @contextmanager
 def claim(path):
     """Keeps other processes away from `path` during a `with` block.
 
-    Raises BadInput if another process has claimed it.
+    Raises BadInput if another process has claimed it. Where the file system has no locks, it says
+    so and goes on.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
     try:
-        with FileLock(path.with_name(f".{path.name}.lock"), timeout=0):
-            yield
+        lock.acquire()
     except Timeout:
         advice = "wait for it, or choose another name"
         raise BadInput(f"{path} is in use by another process: {advice}") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        warnings.warn(f"no locks here, so let no other process write {path}", stacklevel=3)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 # ---- Reading a dataset ---------------------------------------------------------------------------
@@ -135,8 +192,8 @@ SIMULATOR = ("tasks", "random_return", "expert_return")
 
 def dataset_path(folder, name):
     """Where dataset `name` lies: the folder FOLDER/NAME if only it exists, else FOLDER/NAME.npz."""
-    file = Path(folder) / f"{name}.npz"
-    unpacked = Path(folder) / name
+    file = Path(expand(folder)) / f"{name}.npz"
+    unpacked = file.with_suffix("")
     if unpacked.is_dir() and not file.exists():
         return unpacked
     return file
@@ -152,7 +209,7 @@ def load(path):
     whether an agent can act in the tasks. Actions are discrete if `actions` has three dimensions.
     Raises BadInput if the data is missing or damaged, or if an array is not what it should be.
     """
-    path = Path(path)
+    path = Path(expand(path))
     name = path.name.removesuffix(".npz")
     if not path.exists():
         path = dataset_path(path.parent, name)
@@ -169,7 +226,11 @@ def load(path):
         require(array in data, f"{path} has no array `{array}`: {advice}")
 
     actions = data["actions"]
-    discrete = family is None and actions.ndim == 3 and actions.dtype.kind in "iu"
+    integers = actions.dtype.kind in "iu"
+    discrete = family is None and actions.ndim == 3 and integers
+    advice = "give them shape (N, E, T) if they are discrete, else make them floats"
+    clear = not integers or actions.shape[-1:] != (1,)
+    require(clear, f"{path}: `actions` are integers of shape {actions.shape}: {advice}")
     if discrete:
         shapes |= dict.fromkeys(ACTIONS, "N E T")
 
@@ -255,6 +316,11 @@ def convert(where, name, x, discrete):
         inside = -1 - 1e-6 <= low and high <= 1 + 1e-6
         advice = "divide by the largest action of your robot"
         require(inside, f"{where} must lie in [-1, 1]: {advice}")
+        largest = max(-low, high)
+        if largest < 0.1:
+            warnings.warn(
+                f"{where} is at most {largest:.2g}, hardly noticed: {advice}", stacklevel=3
+            )
     return x
 
 
@@ -268,8 +334,8 @@ def fingerprint(arrays):
     return digest.hexdigest()
 
 
-def mean_and_std(array, tasks):
-    """Mean and deviation of array (N, E, T, dim) over `tasks`: (dim,) float64 each.
+def statistics(array, tasks):
+    """Mean, deviation, lowest and highest value of array (N, E, T, dim) over `tasks`: (4, dim).
 
     One task at a time is read. The deviation of a dimension that does not move, up to the rounding
     of its type, is replaced by its largest absolute value, so that rounding is not blown up.
@@ -278,11 +344,79 @@ def mean_and_std(array, tasks):
     count = len(chosen) * array.shape[1] * array.shape[2]
     mean = sum(array[i].sum((0, 1), dtype=np.float64) for i in chosen) / count
     squares = sum(((array[i] - mean) ** 2).sum((0, 1)) for i in chosen)
-    largest = np.max([abs(array[i]).max((0, 1)) for i in chosen], axis=0).astype(np.float64)
+    low = np.min([array[i].min((0, 1)) for i in chosen], axis=0).astype(np.float64)
+    high = np.max([array[i].max((0, 1)) for i in chosen], axis=0).astype(np.float64)
+    largest = np.maximum(abs(low), abs(high))
     std = np.sqrt(squares / count)
     std = np.where(std > 4 * np.finfo(array.dtype).eps * largest, std, largest)
     std[std == 0] = 1
-    return mean, std
+    return np.stack([mean, std, low, high])
+
+
+# ---- Checks of an environment in which an agent acts ---------------------------------------------
+
+
+def check_environment(env, sizes):
+    """Raises BadInput unless `env` is a vector environment whose spaces are those of training.
+
+    `sizes` is a dict of obs_dim, act_dim and `discrete`, as of a T2MIR.
+    """
+    known = isinstance(env, VectorEnv)
+    wanted = "an array of tasks or a vector environment, such as SyncVectorEnv([make_robot])"
+    require(known, f"`evaluate` takes {wanted}, not {type(env).__name__}")
+
+    space = env.single_observation_space
+    shape = (sizes["obs_dim"],)
+    advice = "gymnasium.wrappers.FlattenObservation makes a vector of other observations"
+    fits = isinstance(space, Box) and space.shape == shape
+    require(fits, f"observations must be of shape {shape}, as in training, not {space}: {advice}")
+
+    space = env.single_action_space
+    act_dim = sizes["act_dim"]
+    if sizes.get("discrete", False):
+        fits = isinstance(space, Discrete) and space.start == 0 and space.n >= act_dim
+        require(fits, f"actions must be Discrete({act_dim}), as in training, not {space}")
+    else:
+        fits = isinstance(space, Box) and space.shape == (act_dim,)
+        require(fits, f"actions must be of shape ({act_dim},), as in training, not {space}")
+        unit = (space.low == -1).all() and (space.high == 1).all()
+        advice = "wrap each robot in gymnasium.wrappers.RescaleAction(robot, -1, 1)"
+        require(unit, f"actions must lie in [-1, 1], not {space}: {advice}")
+
+
+def checked(x, shape, name):
+    """What an environment has returned, as a float64 tensor of `shape`.
+
+    Raises BadInput if it has another shape or is not finite.
+    """
+    x = torch.as_tensor(x, dtype=torch.float64, device="cpu")
+    found = tuple(x.shape)
+    require(found == shape, f"the environment's {name} have shape {found} instead of {shape}")
+    require(x.isfinite().all(), f"the environment's {name} are not finite, so the agent stops")
+    return x
+
+
+def check_end(ended, steps, T):
+    """Raises BadInput if an episode has `ended` (N,) bool after fewer than T steps."""
+    early = steps < T and ended.any()
+    advice = "let it go on in a wrapper, or see experiments/exercises/6_early_ends.patch"
+    require(not early, f"an episode ended after {steps} of {T} steps: {advice}")
+
+
+def warn_of_other_units(name, x, statistics):
+    """Warns if states or rewards x (..., dim) leave the range of the training data by far.
+
+    By more than its width, or than the deviation where nothing moved. `statistics` are those of the
+    function with this name, and `name` has {} in the place of the dimension.
+    """
+    _, std, low, high = statistics.cpu()
+    margin = torch.maximum(high - low, std)
+    outside = ((x < low - margin) | (x > high + margin)).flatten(0, -2).any(0)
+    for i in outside.nonzero()[:1].flatten():
+        seen = f"from {x[..., i].min():.4g} to {x[..., i].max():.4g}"
+        trained = f"from {low[i]:.4g} to {high[i]:.4g}"
+        said = f"{name.format(i)} is {seen}, but was {trained} in training"
+        warnings.warn(f"{said}: is it in the same unit?", stacklevel=3)
 
 
 # ---- Settings ------------------------------------------------------------------------------------
@@ -316,7 +450,8 @@ class Settings:
 
     def __post_init__(self):
         require(self.env in ENVS, f"unknown --env {self.env}: choose one of {', '.join(ENVS)}")
-        self.out = str(self.out)  # so that the settings can be written as JSON
+        self.out = expand(self.out)  # a str, so that the settings can be written as JSON
+        check_fields(self)
         self.device = pick_device(self.device)
         if self.dtype == "auto":
             self.dtype = pick_dtype(self.device)
@@ -325,19 +460,17 @@ class Settings:
         counts += ("train_tasks", "test_tasks", "episodes")
         for name in counts:
             value = getattr(self, name)
-            require(1 <= value < math.inf, f"--{name} {value} must be at least 1")
+            require(value >= 1, f"--{name} {value} must be at least 1")
         for name in ("lr", "gamma", "recency", "tau", "history"):
             value = getattr(self, name)
-            require(0 < value < math.inf, f"--{name} {value} must be positive and finite")
-        finite = 0 <= self.temperature < math.inf
-        require(finite, f"--temperature {self.temperature} must be at least 0 and finite")
+            require(value > 0, f"--{name} {value} must be positive")
         require(self.gamma <= 0.9999, f"--gamma {self.gamma} must be at most 0.9999")
         require(self.tau <= 1, f"--tau {self.tau} must be at most 1")
         require(self.history <= 1, f"--history {self.history} must be at most 1")
         # Copy c repeats its random actions for 2^c steps, which must fit into an int64. The seed is
         # multiplied by 2^20, which must fit as well.
         require(self.copies <= 62, f"--copies {self.copies} must be at most 62")
-        require(0 <= self.seed <= 10**12, f"--seed {self.seed} must lie between 0 and 10^12")
+        require(self.seed <= 10**12, f"--seed {self.seed} must be at most 10^12")
 
         whole_episodes = self.steps - self.steps % ENVS[self.env].horizon
         learns = whole_episodes > self.random_steps
@@ -697,8 +830,12 @@ class Collection:
         write_atomically(path, lambda file: torch.save(content, file))
 
     def restore(self, path):
-        """Continues from the last `save`. Raises BadInput if the settings differ."""
-        saved = torch.load(path, map_location=self.device, weights_only=True)
+        """Continues from the last `save`. Raises BadInput if it is damaged or its settings differ."""
+        try:
+            saved = torch.load(path, map_location=self.device, weights_only=True)
+        except Exception as error:  # noqa: BLE001 - a damaged file can raise almost anything
+            advice = "delete it to begin again"
+            raise BadInput(f"{path} is damaged ({first_line(error)}): {advice}") from None
         require("guest" in saved, f"{path} is from an older version of collect.py: delete it")
         # These may differ. Another device draws other random numbers.
         free = ("episodes", "history", "device", "out")
@@ -731,7 +868,7 @@ def collect(name, **settings):
     s = settings_of(name, **settings)
     keep_freed_memory()
     path = Path(s.out) / f"{name}.npz"
-    part = Path(s.out) / f"{name}.part"
+    part = path.with_suffix(".part")
     with claim(path):
         existing = dataset_path(s.out, name)
         advice = "delete it to collect it again, or name another folder with --out"
@@ -749,10 +886,23 @@ def collect(name, **settings):
     expert = arrays["expert_return"]
     returns = f"random {random.mean():.2f}, experts {expert.mean():.2f}, worst {expert.min():.2f}"
     print(f"{path}: mean return {returns}")
-    no_score = np.flatnonzero(expert <= random)
+    no_score = np.flatnonzero(~has_score(random, expert))
     if len(no_score) > 0:
-        print(f"no scores for tasks whose expert is no better than random actions: {no_score}")
+        print(f"no scores for tasks whose expert hardly gains over random actions: {no_score}")
     return path
+
+
+def has_score(random_return, expert_return):
+    """Tasks (N,) bool whose expert gains enough over random actions to be a measure of others.
+
+    That is more than a twentieth of the median of all gains above 0. A gain of hardly more than 0
+    is mostly chance, and a score, which is divided by it, could have any value.
+    """
+    gain = expert_return - random_return
+    better = gain > 0
+    if better.any():
+        better = gain > 0.05 * np.median(gain[better])
+    return better
 
 
 def keep_freed_memory():
@@ -837,10 +987,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (BadInput, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        again = "the same command continues from the last save (every 5 minutes) or begins again"
-        sys.exit(f"interrupted: {again}")
+    run_command(main, "(the same command continues from the last save, every 5 minutes, or begins)")

@@ -58,13 +58,12 @@ import dataclasses
 import json
 import math
 import os
-import sys
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from time import perf_counter
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -76,14 +75,23 @@ from tqdm import tqdm
 
 from collect import (
     BadInput,
+    check_end,
+    check_environment,
+    check_fields,
+    checked,
     claim,
     collect,
     dataset_path,
+    expand,
+    first_line,
+    has_score,
     keep_freed_memory,
     load,
-    mean_and_std,
     pick_device,
     require,
+    run_command,
+    statistics,
+    warn_of_other_units,
     write_atomically,
 )
 from envs import ENVS, make_vec
@@ -152,18 +160,14 @@ class Config:
     name: str = ""  # system: name of the run's folder, by default ENV-MODE-seedSEED
 
     def __post_init__(self):
+        check_fields(self)
         may_be_0 = ("dropout", "w_imp", "w_load", "w_con", "momentum", "warmup", "weight_decay")
         may_be_0 += ("clip", "val_tasks", "seed")
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            flag = f"--{field.name.replace('_', '-')} {value}"
-            choices = get_args(field.type)
-            if field.type in (int, float):
-                known = isinstance(value, (int, field.type)) and 0 <= value < math.inf
-                require(known, f"{flag} must be of type {field.type.__name__}, at least 0")
-                require(value > 0 or field.name in may_be_0, f"{flag} must be more than 0")
-            elif isinstance(field.default, str) and choices:
-                require(value in choices, f"{flag} must be one of {', '.join(choices)}")
+            if field.type in (int, float) and field.name not in may_be_0:
+                flag = f"--{field.name.replace('_', '-')}"
+                require(getattr(self, field.name) > 0, f"{flag} must be more than 0")
+        require(self.seed < 2**63, "--seed must be less than 2^63")
         require(self.dropout < 1, "--dropout must be less than 1")
         require(self.momentum <= 1, "--momentum must be at most 1")
 
@@ -179,6 +183,14 @@ class Config:
         require(divisible, "--d-model must be a multiple of 16 and of --n-heads")
         even = self.batch % 2 == 0 and self.batch > 2
         require(even, "--batch must be even and at least 4: it has two sequences of each task")
+        env = Path(self.env)
+        known = self.env == env.name and env.suffix != ".npz"
+        advice = f"for {env.with_suffix('.npz')} give --env {env.stem} --data {env.parent}"
+        require(known, f"--env takes the name of a dataset: {advice}")
+        inside = ".." not in Path(self.name).parts and not Path(self.name).is_absolute()
+        require(inside, f"--name {self.name} must be the name of a folder inside of --runs")
+        self.data = expand(self.data)
+        self.runs = expand(self.runs)
         imitates_guests = self.mode == "ad" and self.guests and not self.clean_targets
         require(not imitates_guests, "--no-clean-targets needs --no-guests, or guests are imitated")
 
@@ -738,11 +750,11 @@ class T2MIR(nn.Module):
         policy = POLICIES[c.policy]
         if sizes.get("discrete", False):
             policy = CategoricalPolicy
-        # Means and deviations of the training data, in float64 because offsets may be large.
-        self.register_buffer("state_mean", torch.zeros(obs_dim, dtype=torch.float64))
-        self.register_buffer("state_std", torch.ones(obs_dim, dtype=torch.float64))
-        self.register_buffer("reward_mean", torch.zeros(1, dtype=torch.float64))
-        self.register_buffer("reward_std", torch.ones(1, dtype=torch.float64))
+        # Mean, deviation, lowest and highest value of the training data, in float64 because
+        # offsets may be large.
+        nothing_known = torch.tensor([[0.0], [1.0], [-math.inf], [math.inf]], dtype=torch.float64)
+        self.register_buffer("state_statistics", nothing_known.repeat(1, obs_dim))
+        self.register_buffer("reward_statistics", nothing_known.clone())
         self.embed_state = nn.Linear(obs_dim, d)
         self.embed_action = nn.Linear(act_dim, d)
         self.embed_reward = nn.Linear(1, d)
@@ -752,13 +764,14 @@ class T2MIR(nn.Module):
         self.norm = nn.LayerNorm(d)
         self.policy = policy(d, act_dim)
 
-    def normalise(self, x, mean, std):
-        """(x - mean) / std, in the type of the model's weights."""
+    def normalise(self, x, statistics):
+        """(x - mean) / deviation, in the type of the model's weights."""
+        mean, std, _, _ = statistics
         return ((x.double() - mean) / std).to(self.norm.weight.dtype)
 
     def embed_states(self, states, times):
         """States (B, S, obs_dim) at `times` -> tokens (B, S, D)."""
-        states = self.normalise(states, self.state_mean, self.state_std)
+        states = self.normalise(states, self.state_statistics)
         return self.embed_state(states) + self.embed_time(times)
 
     def embed_steps(self, steps):
@@ -767,7 +780,7 @@ class T2MIR(nn.Module):
         The only position embedding is the time in the episode. The order of the episodes is known
         through the causal mask alone: later tokens see more.
         """
-        rewards = self.normalise(steps.rewards[..., None], self.reward_mean, self.reward_std)
+        rewards = self.normalise(steps.rewards[..., None], self.reward_statistics)
         when = self.embed_time(steps.times)
         s = self.embed_states(steps.states, steps.times)
         a = self.embed_action(self.policy.vectors(steps.actions)) + when
@@ -1120,13 +1133,22 @@ def evaluate(model, tasks, episodes, seed=0, context_of=own_context, use_cache=T
     `evaluate(...)["rewards"].sum(-1)`, (N, episodes). `context_of` says what the agent sees of its
     history; within an episode, steps may only be added at its end. Without the cache each step is a
     full forward pass.
+
+    Raises BadInput if observations or actions are of another shape or range than in training, if a
+    number is not finite, before it leads to an action, and if an episode ends before T steps.
     """
     c = model.config
-    device = model.state_mean.device
+    T = model.horizon
+    device = model.state_statistics.device
+    require(isinstance(episodes, int) and episodes > 0, "`episodes` must be an integer, at least 1")
+    require(callable(context_of), "`context_of` must be a function, such as t2mir.own_context")
     env = tasks
     if isinstance(tasks, np.ndarray):
+        require(c.env in ENVS, f"{c.env} has no simulator: `evaluate` takes a vector environment")
         env = make_vec(c.env, tasks)
-    shape = (env.num_envs, episodes, model.horizon)
+    check_environment(env, model.sizes)
+    N = env.num_envs
+    shape = (N, episodes, T)
     history = {
         "states": torch.zeros(*shape, model.sizes["obs_dim"], dtype=torch.float64),
         "actions": torch.zeros(*shape, model.sizes["act_dim"]),
@@ -1140,20 +1162,26 @@ def evaluate(model, tasks, episodes, seed=0, context_of=own_context, use_cache=T
             greedy = c.sample == "never" or (c.sample == "first" and episode > 0)
             cache = None
             if use_cache:
-                cache = Cache(3 * c.context * len(range(0, model.horizon, c.stride)) + 1)
+                cache = Cache(3 * c.context * len(range(0, T, c.stride)) + 1)
             observations, _ = env.reset(seed=seed if episode == 0 else None)
-            for t in range(model.horizon):
-                states = torch.as_tensor(observations)
+            for t in range(T):
+                states = checked(observations, (N, model.sizes["obs_dim"]), "observations")
                 history["states"][:, episode, t] = states
                 context = context_of(c, history, episode, t).to(device)
                 when = t
                 if c.mode == "dpt":
-                    when = model.horizon  # DPT's queries have no time
+                    when = T  # DPT's queries have no time
                 x = model.act(context, states.to(device), when, cache)
                 actions = model.policy.sample(x, greedy, rng).cpu()
-                observations, rewards, *_ = env.step(actions.numpy())
+                require(actions.isfinite().all(), "the agent's actions are not finite")
+                observations, rewards, terminated, truncated, _ = env.step(actions.numpy())
                 history["actions"][:, episode, t] = actions
-                history["rewards"][:, episode, t] = torch.as_tensor(rewards)
+                history["rewards"][:, episode, t] = checked(rewards, (N,), "rewards")
+                check_end(np.logical_or(terminated, truncated), t + 1, T)
+            states = history["states"][:, episode]
+            rewards = history["rewards"][:, episode, :, None]
+            warn_of_other_units("state dimension {}", states, model.state_statistics)
+            warn_of_other_units("the reward", rewards, model.reward_statistics)
     if env is not tasks:
         env.close()
     return history
@@ -1170,7 +1198,7 @@ def held_out_loss(model, x, batches=20):
     with evaluation_mode(model):
         for i in range(batches):
             torch.manual_seed(i)
-            batch = DRAW_BATCH[c.mode](c, x, i, size).to(model.state_mean.device)
+            batch = DRAW_BATCH[c.mode](c, x, i, size).to(model.state_statistics.device)
             outputs, _ = model.predict(batch)
             losses.append(model.policy.neg_log_prob(outputs, batch.targets).mean())
     return torch.stack(losses).mean().item()
@@ -1179,12 +1207,12 @@ def held_out_loss(model, x, batches=20):
 def scores(returns, data, tasks):
     """(R - R_random) / (R_expert - R_random) of returns (N, ...) in `tasks`.
 
-    It is NaN in tasks whose expert is no better than random actions.
+    It is NaN in tasks whose expert hardly gains over random actions, see `has_score`.
     """
-    low = data["random_return"][tasks]
-    high = data["expert_return"][tasks]
-    gain = np.where(high > low, high - low, np.nan)
-    return ((returns.T - low) / gain).T
+    low = data["random_return"]
+    high = data["expert_return"]
+    gain = np.where(has_score(low, high), high - low, np.nan)[tasks]
+    return ((returns.T - low[tasks]) / gain).T
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -1208,12 +1236,10 @@ def sizes_of(data):
 
 
 def new_model(c, data, tasks):
-    """A T2MIR for a dataset, with the means and deviations of states and rewards in `tasks`."""
+    """A T2MIR for a dataset, with the statistics of states and rewards in `tasks`."""
     model = T2MIR(c, sizes_of(data))
-    state_statistics = mean_and_std(data["states"], tasks)
-    reward_statistics = mean_and_std(data["rewards"][..., None], tasks)
-    model.state_mean, model.state_std = map(torch.from_numpy, state_statistics)
-    model.reward_mean, model.reward_std = map(torch.from_numpy, reward_statistics)
+    model.state_statistics = torch.from_numpy(statistics(data["states"], tasks))
+    model.reward_statistics = torch.from_numpy(statistics(data["rewards"][..., None], tasks))
     return model
 
 
@@ -1307,15 +1333,21 @@ def start_processes(c):
     Each process draws its own batches, the gradients are averaged, and only rank 0 evaluates and
     writes. Without torchrun there is one process.
     """
-    processes = int(os.environ.get("WORLD_SIZE") or 1)
     device = pick_device(c.device)
-    if processes == 1:
+    if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
         return 0, 1, device
-    rank = int(os.environ["RANK"])
+    numbers = {}
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
+        value = os.environ.get(name, "")
+        advice = "start several processes with torchrun, or unset WORLD_SIZE"
+        require(value.isdecimal(), f"WORLD_SIZE is set, but {name} is {value!r}: {advice}")
+        numbers[name] = int(value)
+    processes = numbers["WORLD_SIZE"]
+    rank = numbers["RANK"]
     backend = "gloo"
     if "cuda" in device:
         backend = "nccl"
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        device = f"cuda:{numbers['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         long = timedelta(days=1)  # the others wait while rank 0 evaluates
@@ -1331,7 +1363,9 @@ def train(c, resume=""):
     """
     c = dataclasses.replace(c)  # checks the Config again: its fields may have been changed
     rank, processes, device = start_processes(c)
-    folder = Path(resume or Path(c.runs) / (c.name or f"{c.env}-{c.mode}-seed{c.seed}"))
+    folder = Path(c.runs) / (c.name or f"{c.env}-{c.mode}-seed{c.seed}")
+    if resume:
+        folder = Path(expand(resume))
     claimed = nullcontext()
     if rank == 0:
         claimed = claim(folder.resolve())
@@ -1400,12 +1434,12 @@ def fit(c, folder, saved, rank, processes, device):
         if evaluating and rank == 0:
             row = mean_of(recent) | measure(model, data, held_out, x_held_out)
             row = {name: float(f"{value:.6g}") for name, value in row.items()}
-            said = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
-            bar.write(f"step {done} of {c.steps}: {said}")
             run["step"] = done
             run["seconds"] = round(perf_counter() - started)
             run["log"].append({"step": done} | row | {"seconds": run["seconds"]})
             save(folder, run, model, optimizers)
+            said = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
+            bar.write(f"step {done} of {c.steps}: {said}")
         if evaluating:
             recent = []
     bar.close()
@@ -1423,7 +1457,10 @@ def measure(model, data, tasks, x):
         history = evaluate(model, data["tasks"][tasks], model.config.eval_episodes)
         returns = history["rewards"][:, -1].sum(-1).numpy()
         numbers["return"] = float(returns.mean())
-        numbers["score"] = float(np.nanmean(scores(returns, data, tasks)))
+        known = scores(returns, data, tasks)
+        known = known[~np.isnan(known)]
+        if len(known) > 0:
+            numbers["score"] = float(known.mean())
     return numbers
 
 
@@ -1453,8 +1490,11 @@ def save(folder, run, model, optimizers):
     table = "\n".join(lines) + "\n"
     config = json.dumps(run["config"], indent=1)
     write_atomically(folder / "ckpt.pt", lambda file: torch.save(checkpoint, file))
-    write_atomically(folder / "config.json", lambda file: file.write(config.encode()))
-    write_atomically(folder / "log.csv", lambda file: file.write(table.encode()))
+    try:
+        write_atomically(folder / "config.json", lambda file: file.write(config.encode()))
+        write_atomically(folder / "log.csv", lambda file: file.write(table.encode()))
+    except BadInput as error:  # on Windows if another program has the file open
+        tqdm.write(f"{error}; the checkpoint has all of it, and it is tried again next time")
 
 
 def check_settings(c, saved):
@@ -1474,7 +1514,7 @@ def restore(saved, run, model, optimizers):
     require(same, "the run to resume was trained on another dataset: name its folder with --data")
     if saved["processes"] != run["processes"]:
         print(f"the run had {saved['processes']} processes, so its batches had another size")
-    model.load_state_dict(saved["model"])
+    load_weights(model, saved, "the run to resume")
     for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(state)
     run.update({name: saved[name] for name in ("step", "seconds", "log")})
@@ -1482,20 +1522,32 @@ def restore(saved, run, model, optimizers):
 
 def read_checkpoint(run):
     """The checkpoint of a run's folder, or a checkpoint file itself, as a dict on the CPU."""
-    path = Path(run)
-    if path.suffix != ".pt":
+    path = Path(expand(run))
+    if path.is_dir() or path.suffix != ".pt":
         path = path / "ckpt.pt"
     require(path.exists(), f"{path} is missing: name the folder of a run that has a checkpoint")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            saved = torch.load(file, map_location="cpu", weights_only=True)
         fields = saved["config"].keys()
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({first_line(error)})") from None
     except Exception as error:  # noqa: BLE001, a damaged file can raise almost anything
-        first_line = f"{type(error).__name__} {error}".splitlines()[0]
-        raise BadInput(f"{path} is damaged or not a checkpoint ({first_line})") from None
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise BadInput(f"{path} is damaged or not a checkpoint ({reason})") from None
     unknown = fields ^ {field.name for field in dataclasses.fields(Config)}
     names = ", ".join(sorted(unknown))
     require(not unknown, f"{path} is of a version of t2mir.py with other settings: {names}")
     return saved
+
+
+def load_weights(model, saved, where):
+    """Gives the model the weights of a checkpoint; BadInput if its classes have changed."""
+    try:
+        model.load_state_dict(saved["model"])
+    except RuntimeError as error:  # whose second line names the first weight that does not fit
+        reason = " ".join(str(error).split("\n")[:2]).strip()
+        raise BadInput(f"{where} is of another T2MIR than this t2mir.py has ({reason})") from None
 
 
 def load_agent(run, device="cpu"):
@@ -1503,7 +1555,7 @@ def load_agent(run, device="cpu"):
     device = pick_device(device)
     saved = read_checkpoint(run)
     model = T2MIR(Config(**saved["config"]), saved["sizes"]).to(device)
-    model.load_state_dict(saved["model"])
+    load_weights(model, saved, run)
     return model.eval()
 
 
@@ -1526,30 +1578,28 @@ def main():
         peek.add_argument(f"--{name}", default=getattr(Flags, name))
     given, _ = peek.parse_known_args()
     if given.resume:
-        one = given.recipe == Flags.recipe and not given.resume.endswith(".pt")
+        file = Path(expand(given.resume)).is_file()
+        one = given.recipe == Flags.recipe and not file
         require(one, "--resume takes the folder of a run, and no --recipe")
         defaults = read_checkpoint(given.resume)["config"]
     else:
         defaults = dataclasses.asdict(preset(given.env, given.mode, given.recipe))
     defaults = Flags(**defaults, recipe=given.recipe, resume=given.resume)
     flags = dataclasses.asdict(
-        tyro.cli(Flags, default=defaults, description=__doc__.split("\n")[0])
+        tyro.cli(Flags, default=defaults, description="Trains T2MIR, and shows what it has learned")
     )
     flags.pop("recipe")
     resume = flags.pop("resume")
+    os.environ["MPLBACKEND"] = "agg"  # that of a notebook may not exist here
+    try:
+        from experiments.report import report  # here, because it imports this file
+    except ModuleNotFoundError as error:
+        raise BadInput(f"{error}: a run ends with a report of experiments/report.py") from None
     keep_freed_memory()
     folder = train(Config(**flags), resume)
-
     if not dist.is_initialized() or dist.get_rank() == 0:
-        from experiments.report import report  # here, because it imports this file
-
         report(folder)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (BadInput, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: a run goes on with --resume, a collection with the same command")
+    run_command(main, "(a run goes on with --resume, a collection with the same command)")

@@ -10,6 +10,7 @@ at the end envs.py and collect.py.
 
 import csv
 import dataclasses
+import errno
 import io
 import itertools
 import json
@@ -43,10 +44,10 @@ from collect import (
     collect,
     dataset_path,
     load,
-    mean_and_std,
     pick_device,
     select,
     settings_of,
+    statistics,
     write_atomically,
 )
 from envs import ENVS, PointRobot, TaskEnv, TaskVec, make_vec, sample_tasks
@@ -56,7 +57,7 @@ from t2mir import PAPER, T2MIR, Config, TaskMoE, TokenMoE, evaluate
 torch.set_num_threads(1)  # the sizes are so small that a second thread would only wait
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*Box observation space"),  # observations are unbounded
-    pytest.mark.filterwarnings("ignore:Mean of empty slice"),  # tiny experts may all be poor
+    pytest.mark.filterwarnings("ignore:state dimension"),  # the states of `numbered_data`
 ]
 
 HERE = Path(t2mir.__file__).parent
@@ -259,7 +260,8 @@ class SlowT2MIR:
         return self.model.norm(x)
 
     def state_token(self, state, time):
-        x = (state.to(DEVICE) - self.model.state_mean) / self.model.state_std
+        mean, std, _, _ = self.model.state_statistics
+        x = (state.to(DEVICE) - mean) / std
         return self.model.embed_state(x) + self.model.embed_time.weight[time]
 
     def step_tokens(self, state, action, reward, time):
@@ -270,7 +272,8 @@ class SlowT2MIR:
         action = action.to(DEVICE)
         reward = reward.to(DEVICE)
         a = m.embed_action(action) + m.embed_time.weight[time]
-        r = m.embed_reward((reward - m.reward_mean) / m.reward_std) + m.embed_time.weight[time]
+        mean, std, _, _ = m.reward_statistics
+        r = m.embed_reward((reward - mean) / std) + m.embed_time.weight[time]
         return [self.state_token(state, time), a, r]
 
     def sequence(self, batch, b):
@@ -515,6 +518,10 @@ def test_discrete_acting_is_that_of_the_slow_agent(mode, in_double):
     """The environment is given integers, the most probable ones where none is sampled."""
 
     class Buttons(Slider):
+        def __init__(self, tasks):
+            super().__init__(tasks)
+            self.single_action_space = gymnasium.spaces.Discrete(5)
+
         def step(self, actions):
             assert actions.dtype == np.int64
             moves = np.array([[0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]])
@@ -1268,10 +1275,12 @@ def test_a_dimension_that_only_rounds_is_divided_by_its_size(kind, noise):
     """
     x = np.random.default_rng(0).normal(size=(4, 5, 7, 4))
     x = (x * [0, noise, 0, 0.5] + [7, 0.5, 0, 1000]).astype(kind)
-    mean, std = mean_and_std(x, np.ones(4, bool))
+    mean, std, low, high = statistics(x, np.ones(4, bool))
     exact = x.astype(np.float64)
     np.testing.assert_allclose(mean, exact.mean((0, 1, 2)), rtol=1e-6)
     np.testing.assert_allclose(std, [7, 0.5, 1, exact[..., 3].std()], rtol=1e-6)
+    np.testing.assert_array_equal(low, exact.min((0, 1, 2)))
+    np.testing.assert_array_equal(high, exact.max((0, 1, 2)))
 
 
 @torch.no_grad()
@@ -1385,13 +1394,253 @@ def test_a_robot_is_an_environment_of_its_own(mode, monkeypatch):
     assert not robots.closed
 
 
+class Cart(gymnasium.Env):
+    """A robot of somebody's own with states (3,), actions (2,) and episodes of `ends` steps.
+
+    The state counts the steps. `odd` are values that it returns instead at a time, as a dict of
+    (what, time) -> value; it counts in `acted` how many actions it was sent.
+    """
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (3,))
+    action_space = gymnasium.spaces.Box(-1.0, 1.0, (2,))
+
+    def __init__(self, ends=4, terminates=False, **spaces):
+        self.ends = ends
+        self.terminates = terminates
+        self.odd = {}
+        self.acted = 0
+        for name, space in spaces.items():
+            setattr(self, name, space)
+
+    def state(self):
+        usual = np.full(self.observation_space.shape, self.t, np.float32)
+        return self.odd.get(("state", self.t), usual)
+
+    def reset(self, *, seed=None, options=None):
+        self.t = 0
+        return self.state(), {}
+
+    def step(self, action):
+        self.acted += 1
+        self.t += 1
+        reward = self.odd.get(("reward", self.t), 0.5)
+        ended = self.t == self.ends
+        return self.state(), reward, ended and self.terminates, ended and not self.terminates, {}
+
+
+def robots(*carts, **given):
+    return gymnasium.vector.SyncVectorEnv([lambda cart=cart: cart for cart in carts], **given)
+
+
+def test_observations_are_copied():
+    """An environment may write its next observations into the same memory."""
+    model = tiny_model("dpt")
+    one = evaluate(model, robots(Cart(), Cart(), copy=True), 2)
+    other = evaluate(model, robots(Cart(), Cart(), copy=False), 2)
+    assert one["states"][:, :, :, 0].tolist() == [[[0, 1, 2, 3]] * 2] * 2
+    for name in one:
+        assert torch.equal(one[name], other[name])
+
+
+@pytest.mark.parametrize("terminates", [False, True])
+def test_an_episode_that_ends_early_is_refused(terminates):
+    """And one that ends after T steps, or goes on, is not."""
+    model = tiny_model("ad")
+    carts = robots(Cart(), Cart(ends=3, terminates=terminates))
+    with pytest.raises(BadInput, match="ended after 3 of 4 steps: let it go on"):
+        evaluate(model, carts, 2)
+    for ends in (4, 5, 100):
+        assert evaluate(model, robots(Cart(ends, terminates)), 2)["rewards"].sum() == 4
+
+
+BOX = gymnasium.spaces.Box
+OTHER_SPACES = [  # what a robot has, whether the agent's actions are discrete, what is said
+    ({"observation_space": BOX(-1, 1, (1,))}, False, r"of shape \(3,\), as in training, not Box"),
+    ({"observation_space": BOX(-1, 1, (1, 3))}, False, "FlattenObservation"),
+    ({"observation_space": gymnasium.spaces.Dict(a=BOX(-1, 1, (3,)))}, False, "not Dict.*Flatten"),
+    ({"action_space": BOX(-1, 1, (6,))}, False, r"of shape \(2,\), as in training, not Box"),
+    ({"action_space": BOX(-1, 1, ())}, False, r"of shape \(2,\), as in training, not Box"),
+    ({"action_space": BOX(-2, 2, (2,))}, False, "RescaleAction"),
+    ({"action_space": BOX(0, 1, (2,))}, False, "RescaleAction"),
+    ({"action_space": BOX(np.array([-1, -3]), np.array([1, 1]), dtype=float)}, False, "Rescale"),
+    ({"action_space": gymnasium.spaces.Discrete(2)}, False, r"of shape \(2,\).*not Discrete"),
+    ({}, True, r"must be Discrete\(5\), as in training, not Box"),
+    ({"action_space": gymnasium.spaces.Discrete(4)}, True, r"Discrete\(5\).*not Discrete\(4\)"),
+    ({"action_space": gymnasium.spaces.Discrete(5, start=1)}, True, "start=1"),
+]
+
+
+@pytest.mark.parametrize("spaces, discrete, said", OTHER_SPACES)
+def test_other_spaces_than_in_training_are_refused(spaces, discrete, said):
+    """Before anything is done, in one line that says what to do."""
+    data = numbered_data()
+    if discrete:
+        data = with_discrete_actions(data)
+    cart = Cart(**spaces)
+    with pytest.raises(BadInput, match=said) as caught:
+        evaluate(tiny_model("dpt", data), robots(cart), 1)
+    assert "\n" not in str(caught.value)
+    assert cart.acted == 0
+
+
+def test_wrappers_make_other_spaces_fit():
+    """The wrappers that the messages name."""
+    space = gymnasium.spaces.Dict(a=BOX(-1, 1, (1,)), b=BOX(-1, 1, (2,)))
+
+    class Parts(Cart):
+        def state(self):
+            return {"a": np.zeros(1, np.float32), "b": np.ones(2, np.float32)}
+
+    class Strong(Parts):
+        def step(self, action):
+            assert (action >= 10).all() and (action <= 30).all()
+            return super().step(action)
+
+    cart = Strong(action_space=BOX(10, 30, (2,)), observation_space=space)
+    cart = gymnasium.wrappers.RescaleAction(cart, -1, 1)
+    history = evaluate(tiny_model("dpt"), robots(gymnasium.wrappers.FlattenObservation(cart)), 2)
+    assert history["states"][0, 0, 0].tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("what", ["state", "reward"])
+@pytest.mark.parametrize("time", [1, 3])
+def test_no_action_follows_a_number_that_is_not_finite(value, what, time):
+    """The agent stops, and says why."""
+    cart = Cart()
+    cart.odd = {("reward", time): value}
+    if what == "state":
+        cart.odd = {("state", time): np.array([0, value, 0], np.float32)}
+    with pytest.raises(BadInput, match="are not finite, so the agent stops"):
+        evaluate(tiny_model("ad"), robots(cart), 3)
+    assert cart.acted == time
+
+
+def test_an_action_that_is_not_finite_is_not_sent():
+    """The weights may have been spoiled, or a state may be too large for a float32."""
+    cart = Cart()
+    cart.odd = {("state", 2): np.array([0, 3e38, 0], np.float32)}
+    model = tiny_model("dpt")
+    model.state_statistics[1] = 1e-3
+    with pytest.raises(BadInput, match="actions are not finite"):
+        evaluate(model, robots(cart), 1)
+    assert cart.acted == 2
+
+
+class Odd(gymnasium.vector.VectorWrapper):
+    """A vector environment whose observations or rewards have another shape than they should."""
+
+    def reset(self, **given):
+        states, info = self.env.reset(**given)
+        return self.changed_states(states), info
+
+    def step(self, actions):
+        states, rewards, *others = self.env.step(actions)
+        return self.changed_states(states), self.changed_rewards(rewards), *others
+
+    def changed_states(self, states):
+        return states
+
+    def changed_rewards(self, rewards):
+        return rewards
+
+
+def test_returned_shapes_are_checked():
+    """Nothing is broadcast: neither a column of rewards nor fewer states than the space says."""
+
+    class Column(Odd):
+        def changed_rewards(self, rewards):
+            return rewards[:, None]
+
+    class Short(Odd):
+        def changed_states(self, states):
+            return states[:, :1]
+
+    model = tiny_model("dpt")
+    with pytest.raises(BadInput, match=r"rewards have shape \(2, 1\) instead of \(2,\)"):
+        evaluate(model, Column(robots(Cart(), Cart())), 1)
+    with pytest.raises(BadInput, match=r"observations have shape \(2, 1\) instead of \(2, 3\)"):
+        evaluate(model, Short(robots(Cart(), Cart())), 1)
+
+
+@pytest.mark.parametrize("factor, offset, warns", [(1, 0, False), (1000, 0, True), (1, 50, True)])
+@pytest.mark.parametrize("which", ["state", "reward"])
+def test_another_unit_is_said(which, factor, offset, warns, recwarn):
+    """States and rewards that leave the range of the training data by far."""
+    data = numbered_data()
+    data["states"] = np.random.default_rng(0).normal(size=(6, 9, 4, 3))
+    data["rewards"][0, 0] = [0.5, -0.5, 0.5, -0.5]
+
+    class Other(Odd):
+        def changed_states(self, states):
+            states = 0.3 * states
+            if which == "state":
+                states[:, 1] = factor * states[:, 1] + offset
+            return states
+
+        def changed_rewards(self, rewards):
+            if which == "reward":
+                rewards = factor * rewards + offset
+            return rewards
+
+    evaluate(tiny_model("ad", data), Other(robots(Cart())), 3)
+    name = {"state": "state dimension 1", "reward": "the reward"}[which]
+    said = [str(w.message) for w in recwarn if "unit" in str(w.message)]
+    assert bool(said) == warns
+    assert all(message.startswith(f"{name} is from") for message in said)
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"tasks": Cart()}, r"SyncVectorEnv\(\[make_robot\]\), not Cart"),
+        ({"tasks": [[0.5, 0.5]]}, "an array of tasks or a vector environment.*not list"),
+        ({"tasks": None}, "not NoneType"),
+        ({"tasks": TASKS}, "slider has no simulator"),
+        ({"episodes": 0}, "`episodes` must be an integer, at least 1"),
+        ({"episodes": 1.5}, "`episodes` must be an integer, at least 1"),
+        ({"context_of": "hiden"}, "`context_of` must be a function"),
+    ],
+)
+def test_other_arguments_of_evaluate_are_named(given, said):
+    """A single environment, a list, no episode, a word in the place of a function."""
+    arguments = {"tasks": robots(Cart()), "episodes": 1} | given
+    with pytest.raises(BadInput, match=said):
+        evaluate(tiny_model("dpt"), **arguments)
+
+
 def test_scores_are_0_at_random_and_1_at_the_expert():
-    """They are NaN where the expert is no better than random."""
-    data = {"random_return": np.array([0, -10.0, -9, -8, -7])}
-    data["expert_return"] = np.array([0, -8.0, -9, -9, -3])
-    returns = np.array([[-10.0, -8], [-9, -8], [-8, -9], [-5, -3]])
-    scores = t2mir.scores(returns, data, np.arange(5) > 0)
-    np.testing.assert_allclose(scores, [[0, 1], [np.nan] * 2, [np.nan] * 2, [0.5, 1]])
+    """They are NaN where the expert is hardly better than random, and other tasks are not."""
+    data = {"random_return": np.array([0, -10.0, -9, -8, -7, -5])}
+    data["expert_return"] = np.array([0, -8.0, -9, -9, -3, -4.999])
+    returns = np.array([[-10.0, -8], [-9, -8], [-8, -9], [-5, -3], [-8, -5]])
+    scores = t2mir.scores(returns, data, np.arange(6) > 0)
+    nothing = [np.nan] * 2
+    np.testing.assert_allclose(scores, [[0, 1], nothing, nothing, [0.5, 1], nothing])
+
+
+def test_tasks_without_a_score_are_named(data_folder, capsys):
+    """In the report. If no task has one, the log has none, and the report prints returns."""
+    path = data_folder / "slider.npz"
+    arrays = dict(np.load(path))
+    arrays["expert_return"][5] = -8.999
+    np.savez(path, **arrays)
+    run = short_run("dpt", data_folder, name="one")
+    report(run)
+    assert "no scores in tasks whose expert hardly gains over random actions: 5\n" in (
+        capsys.readouterr().out
+    )
+    assert abs(float(rows(run / "log.csv")[-1]["score"])) < 3
+
+    arrays["expert_return"][:] = -9
+    np.savez(path, **arrays)
+    run = short_run("dpt", data_folder, name="none")
+    report(run)
+    assert "score" not in rows(run / "log.csv")[-1]
+    out = capsys.readouterr().out
+    with np.load(run / "result.npz") as result:
+        returns = result["own"].mean(1)
+    assert f"own context:              {returns[0]:7.3f}" in out
 
 
 def test_the_log_has_return_and_score_of_the_last_episode(data_folder):
@@ -1601,7 +1850,7 @@ def test_val_tasks_are_training_tasks(data_folder):
     assert train_tasks.tolist() == [True, True, False, False, False, False]
     assert held_out.tolist() == [False, False, True, True, False, False]
     model = t2mir.load_agent(t2mir.train(c))
-    near(model.state_mean, torch.tensor(data["states"][:2].mean((0, 1, 2))))
+    near(model.state_statistics[0], torch.tensor(data["states"][:2].mean((0, 1, 2))))
 
 
 def own_data(folder, discrete=False, **changed):
@@ -1921,6 +2170,171 @@ def test_unreadable_checkpoints_are_named_in_one_line(data_folder):
         assert "\n" not in str(caught.value)
 
 
+def test_unreadable_and_changed_agents_are_told_apart_from_damaged_ones(data_folder, monkeypatch):
+    """Nobody should delete a good run because of a message."""
+    run = short_run("dpt", data_folder)
+    (data_folder / "ckpt.pt").mkdir()
+    with pytest.raises(BadInput, match="cannot be read") as caught:
+        t2mir.load_agent(data_folder)
+    assert "damaged" not in str(caught.value)
+
+    class Larger(t2mir.GaussianPolicy):
+        numbers = 3
+
+    monkeypatch.setitem(t2mir.POLICIES, "gaussian", Larger)
+    with pytest.raises(BadInput, match="of another T2MIR.*policy.head.weight") as caught:
+        t2mir.load_agent(run)
+    assert "\n" not in str(caught.value)
+    assert "damaged" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model.pt", r"a$\x$b", "käse", "a/b", "~", "a b"])
+def test_a_run_may_have_any_name(name, data_folder):
+    """It is found again, and its picture has the name as a title."""
+    run = short_run("dpt", data_folder, name=name)
+    report(run)
+    assert (run / "incontext.png").exists()
+    assert t2mir.load_agent(run).config.name == name
+    assert t2mir.load_agent(run / "ckpt.pt").config.name == name
+
+
+def test_the_home_directory_may_be_named(data_folder, monkeypatch):
+    """As ~, in all paths."""
+    monkeypatch.setenv("HOME", str(data_folder.parent))
+    run = short_run("dpt", data_folder, data="~/data", runs="~/runs")
+    assert run == data_folder.parent / "runs" / "run"
+    assert t2mir.load_agent("~/runs/run").config.data == str(data_folder)
+    assert len(load("~/data/slider.npz")["states"]) == 6
+    call_main(monkeypatch, "--resume", "~/runs/run", "--steps", "7")
+    assert steps_of(run) == [3, 6, 7]
+    assert Settings(out="~/data").out == str(data_folder)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"dtype": "float16"},
+        {"steps": "100"},
+        {"steps": 100.0},
+        {"steps": True},
+        {"token_moe": "False"},
+        {"token_moe": 1},
+        {"lr": "1e-3"},
+        {"lr": math.nan},
+        {"lr": math.inf},
+        {"name": None},
+        {"data": Path("data")},
+    ],
+)
+def test_wrong_types_from_python_are_named(given):
+    """A string is true even if it says False, and would be trained with."""
+    ((name, value),) = given.items()
+    with pytest.raises(BadInput, match=f"--{name.replace('_', '-')} {value} must be"):
+        t2mir.preset(**given)
+
+
+@pytest.mark.parametrize("given", [{"steps": "9"}, {"critic_norm": "no"}, {"lr": True}, {"env": 3}])
+def test_wrong_types_of_a_collections_settings_are_named(given):
+    with pytest.raises(BadInput, match=f"--{next(iter(given)).replace('_', '-')} .* must be|--env"):
+        Settings(**given)
+
+
+@pytest.mark.parametrize(
+    "environment, said",
+    [
+        ({"WORLD_SIZE": "2"}, "RANK is ''"),
+        ({"WORLD_SIZE": "2", "RANK": ""}, "RANK is ''"),
+        ({"WORLD_SIZE": "2", "RANK": "one", "LOCAL_RANK": "0"}, "RANK is 'one'"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "MASTER_PORT is ''"),
+    ],
+)
+def test_half_an_environment_of_torchrun_is_named(environment, said, data_folder, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BadInput, match=f"{said}: start several processes with torchrun"):
+        short_run("dpt", data_folder)
+
+
+def test_a_table_that_cannot_be_written_stops_no_run(data_folder, capsys):
+    """On Windows a program that has log.csv open locks it; here a folder has its name."""
+    (data_folder.parent / "run" / "log.csv").mkdir(parents=True)
+    run = short_run("dpt", data_folder)
+    said = capsys.readouterr().out
+    assert said.count("log.csv cannot be written") == 2
+    assert [row["step"] for row in t2mir.read_checkpoint(run)["log"]] == [3, 6]
+    (run / "log.csv").rmdir()
+    t2mir.train(short("dpt", data_folder, steps=7), run)
+    assert steps_of(run) == [3, 6, 7]
+
+
+def test_a_closed_terminal_costs_no_interval(data_folder, monkeypatch):
+    """The checkpoint is written before the numbers are printed, which may fail."""
+
+    def closed(*args, **kwargs):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(t2mir.tqdm, "write", closed)
+    with pytest.raises(BrokenPipeError):
+        short_run("dpt", data_folder)
+    assert steps_of(data_folder.parent / "run") == [3]
+
+
+def test_scripts_run_without_docstrings():
+    """With -OO Python removes them."""
+    for script in ("t2mir.py", "collect.py", "experiments/report.py"):
+        command = [sys.executable, "-OO", str(HERE / script), "--help"]
+        ended = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+
+
+def test_foreign_letters_can_be_printed_everywhere():
+    """Where the terminal has only ASCII they are shown by their numbers."""
+    code = "import collect; collect.run_command(lambda: print('k\u00e4se'))"
+    ended = run_python(code, PYTHONIOENCODING="ascii")
+    assert (ended.returncode, ended.stdout) == (0, "k\\xe4se\n")
+
+
+def test_the_backend_of_a_notebook_does_no_harm():
+    """A notebook sets MPLBACKEND for all processes that it starts, also where it is not installed."""
+    environment = os.environ | {"MPLBACKEND": "module://of.a_notebook"}
+    for flags in (["t2mir.py", "--resume", "none"], ["experiments/report.py", "none"]):
+        ended = subprocess.run(
+            [sys.executable, *flags],
+            check=False,
+            cwd=HERE,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert ended.stderr.startswith("error: none"), ended.stderr
+    for script in (HERE / "experiments").glob("*.py"):
+        source = script.read_text()
+        draws = "matplotlib" in source or "experiments.report" in source
+        assert not draws or "MPLBACKEND" in source or script.name.startswith("test"), script
+
+
+def test_another_envs_py_is_named(tmp_path):
+    """A project that imports t2mir.py may have a file of this name."""
+    (tmp_path / "envs.py").write_text("")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import t2mir"
+    ended = run_python(code)
+    last = ended.stderr.splitlines()[-1]
+    assert str(tmp_path / "envs.py") in last
+    assert "give your own envs.py another name" in last
+
+
+def test_a_missing_report_is_named_before_the_training(tmp_path):
+    """Three files alone can train, but a run ends with a report."""
+    for name in ("t2mir.py", "collect.py", "envs.py"):
+        (tmp_path / name).write_text((HERE / name).read_text())
+    command = [sys.executable, "t2mir.py"]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == 1
+    assert re.fullmatch("error: No module named 'experiments'.*report.py\n", ended.stderr)
+    assert not (tmp_path / "data").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(data_folder):
     """Within 50 steps, long before the next evaluation, and no checkpoint is written."""
     with pytest.raises(BadInput, match="not finite at step 50: .*--lr"):
@@ -1992,6 +2406,13 @@ BAD_FLAGS = """
 --dtype nope | nope
 --device nope | --device
 --sample nope | --sample
+--seed 1180591620717411303424 | --seed
+--seed -1 | --seed
+--name .. | --name
+--name a/../../b | --name
+--name /tmp/b | --name
+--env data/slider.npz | --env slider --data data
+--env slider.npz | --env slider --data .
 --mode ad --no-clean-targets | --no-guests
 --val-tasks 9 | --val-tasks
 word | word
@@ -2902,6 +3323,29 @@ def test_a_claimed_path_is_refused(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_is_said_and_used(code, tmp_path, monkeypatch):
+    """Some network drives have none. Other errors are errors."""
+
+    def no_locks(lock):
+        raise OSError(code, "no locks")
+
+    monkeypatch.setattr(collect_module.FileLock, "acquire", no_locks)
+    with pytest.warns(UserWarning, match="no locks here.*path"), claim(tmp_path / "path"):
+        (tmp_path / "path").write_text("written")
+    code = errno.EACCES
+    with pytest.raises(OSError, match="no locks"), claim(tmp_path / "path"):
+        pass
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not a checkpoint", b"x" * 1000])
+def test_a_damaged_part_of_a_collection_is_named(content, tmp_path):
+    (tmp_path / "point_robot.part").write_bytes(content)
+    with pytest.raises(BadInput, match="point_robot.part is damaged.*delete it") as caught:
+        collect("point_robot", out=tmp_path, train_tasks=2, test_tasks=1, hidden=4, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_full_disk_leaves_the_old_file(tmp_path):
     """With a limit of 50,000 bytes per file a larger write fails in one line."""
     resource = pytest.importorskip("resource")
@@ -2910,11 +3354,12 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
     try:
-        with pytest.raises(BadInput, match="file cannot be written") as caught:
+        with pytest.raises(BadInput, match=r"file cannot be written \(.*File too large") as caught:
             write_atomically(path, lambda file: torch.save(torch.zeros(100_000), file))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "\n" not in str(caught.value)
+    assert "unexpected pos" not in str(caught.value)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 

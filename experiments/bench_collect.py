@@ -19,7 +19,7 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from collect import BadInput, Collection, settings_of
+from collect import Collection, run_command, settings_of
 from envs import ENVS
 
 # What an operation's name contains, and what it is.
@@ -136,7 +136,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main, description=__doc__)
-    except (BadInput, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_command(lambda: tyro.cli(main, description=__doc__))

@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from collect import BadInput, BatchedMLP, average_return, load, require
+from collect import BatchedMLP, average_return, has_score, load, require, run_command
 
 
 class Clone(nn.Module):
@@ -72,8 +72,9 @@ def main(dataset: tyro.conf.Positional[Path], steps: int = 4000):
     labels = torch.from_numpy(data["expert_actions"][order]).flatten(1, 2)
     tasks = data["tasks"][order]
     random_return = data["random_return"][order]
-    gain = data["expert_return"][order] - random_return
-    gain[gain <= 0] = np.nan  # no scores where the expert is no better than random actions
+    expert_return = data["expert_return"][order]
+    scored = has_score(random_return, expert_return)
+    gain = np.where(scored, expert_return - random_return, np.nan)
 
     rows = tasks
     if family == "walker_param":
@@ -91,7 +92,4 @@ def main(dataset: tyro.conf.Positional[Path], steps: int = 4000):
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main, description=__doc__)
-    except (BadInput, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_command(lambda: tyro.cli(main, description=__doc__))

@@ -12,8 +12,12 @@ last leaves out the lowest and the highest quarter of all runs and tasks.
 """
 
 import csv
+import os
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"  # that of a notebook may not exist here
 
 import numpy as np
 import tyro
@@ -21,7 +25,7 @@ from scipy.stats import trim_mean
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import t2mir
-from collect import BadInput, average_return, require
+from collect import average_return, require, run_command
 from envs import sample_tasks
 from experiments.report import open_run
 
@@ -249,7 +253,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main, description=__doc__)
-    except (BadInput, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_command(lambda: tyro.cli(main, description=__doc__))

@@ -3,15 +3,19 @@
 python experiments/draw_layer.py [--out FOLDER]
 """
 
+import os
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"  # that of a notebook may not exist here
 
 import tyro
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from collect import BadInput, write_atomically
+from collect import run_command, write_atomically
 
 COLORS = {
     "state": "#4c78a8",
@@ -112,7 +116,4 @@ def main(out: Path = Path("figures")):
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main, description=__doc__)
-    except (BadInput, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_command(lambda: tyro.cli(main, description=__doc__))

@@ -20,10 +20,14 @@ before the colon.
 import csv
 import dataclasses
 import io
+import os
 import re
 import sys
 from collections import defaultdict
 from pathlib import Path
+
+if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"  # that of a notebook may not exist here
 
 import numpy as np
 import tyro
@@ -31,7 +35,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import t2mir
-from collect import BadInput, require, write_atomically
+from collect import has_score, require, run_command, write_atomically
 from experiments.compare import FEW_SEEDS, NOT_OF_AN_AGENT, interval
 
 CONTEXTS = ("own", "hidden", "other")
@@ -65,8 +69,8 @@ def read(folder):
     if "tasks" not in result or "other" not in result or len(result["own"]) < 2:
         print(f"left out, because it has no returns of two or more episodes and tasks: {folder}")
         return None
-    scores = {}  # by context, (episodes, tasks) where the expert is better than random
-    better = result["expert_return"] > result["random_return"]
+    scores = {}  # by context, (episodes, tasks) of the tasks that have scores
+    better = has_score(result["random_return"], result["expert_return"])
     require(better.sum() > 1, f"{folder} needs two held-out tasks with an expert above random")
     for context in CONTEXTS:
         scores[context] = t2mir.scores(result[context].T, result, slice(None)).T[:, better]
@@ -197,7 +201,7 @@ def draw_scores(groups):
                 style = "-"
             for run in runs:
                 steps = [row["step"] for row in run["log"]]
-                of_steps = [row["score"] for row in run["log"]]
+                of_steps = [row.get("score", np.nan) for row in run["log"]]
                 above.plot(steps, of_steps, style, color=color, lw=1, marker=".", ms=3)
             scores = np.stack([run["scores"]["own"] for run in runs], axis=1)
             mean, low, high = np.array([interval(np.mean, x) for x in scores]).T
@@ -348,7 +352,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main, description=__doc__)
-    except (BadInput, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_command(lambda: tyro.cli(main, description=__doc__))

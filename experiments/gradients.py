@@ -8,9 +8,13 @@ directions. The cosines of all runs with the same mode and the same MoEs are ave
 is FOLDER/gradients.png.
 """
 
+import os
 import sys
 from collections import defaultdict
 from pathlib import Path
+
+if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"  # that of a notebook may not exist here
 
 import numpy as np
 import torch
@@ -20,7 +24,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import t2mir
-from collect import BadInput, require, write_atomically
+from collect import require, run_command, write_atomically
 from experiments.report import open_run
 
 BATCHES = 20  # of a gradient
@@ -99,7 +103,4 @@ def main(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("figures
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main, description=__doc__)
-    except (BadInput, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_command(lambda: tyro.cli(main, description=__doc__))

@@ -9,8 +9,12 @@ run's folder gets result.npz (`amount`, and an array for each context) and incon
 """
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"  # that of a notebook may not exist here
 
 import numpy as np
 import torch
@@ -19,7 +23,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import t2mir
-from collect import BadInput, require, write_atomically
+from collect import has_score, require, run_command, write_atomically
 
 LABELS = {"own": "own context", "hidden": "no context", "other": "context of another task"}
 COLORS = {"own": "C0", "hidden": "C7", "other": "C3"}
@@ -79,7 +83,7 @@ def with_other_prompt(batch, finished):
 def losses_by_context(model, data, tasks, contexts, batches=60):
     """The held-out loss in `tasks`: mean steps of context (n,), and (n, 1) by context; n <= 8."""
     c = model.config
-    device = model.state_mean.device
+    device = model.state_statistics.device
     x = t2mir.to_tensors(data, tasks)
     size = min(c.batch, 2 * len(x["tasks"]))
     steps_per_episode = len(range(0, model.horizon, c.stride))
@@ -122,7 +126,8 @@ def draw(path, title, labels, amount, result, lines):
         ax.plot(amount, y.mean(1), "o-", color=COLORS[name], label=LABELS[name], ms=4)
     for name, (height, style) in lines.items():
         ax.axhline(height, color="k", ls=style, lw=1, label=name)
-    ax.set(xlabel=labels[0], ylabel=labels[1], title=title)
+    ax.set(xlabel=labels[0], ylabel=labels[1])
+    ax.set_title(title, parse_math=False)  # a name may have a $
     ax.legend(fontsize=7)
     write_atomically(path, lambda file: fig.savefig(file, dpi=150, format="png"))
 
@@ -141,7 +146,7 @@ def report(run, data=""):
     if arrays["simulator"]:
         amount, result = returns_by_episode(model, arrays, tasks, contexts)
         labels = ("episode in context", "return in held-out tasks")
-        title = "mean score: 0 is a random agent, 1 the expert"
+        title = labels[1]
         more = {name: arrays[name][tasks] for name in ("tasks", "random_return", "expert_return")}
         lines["expert"] = (more["expert_return"].mean(), "--")
         lines["random"] = (more["random_return"].mean(), ":")
@@ -153,13 +158,21 @@ def report(run, data=""):
         run / "result.npz", lambda file: np.savez(file, amount=amount, **result, **more)
     )
 
+    scored = np.zeros(0, bool)
+    if arrays["simulator"]:
+        scored = has_score(arrays["random_return"], arrays["expert_return"])[tasks]
+    if scored.any():
+        title = "mean score: 0 is a random agent, 1 the expert"
     print(title)
     print(f"{labels[0] + ':':25}" + "".join(f" {n:7.0f}" for n in amount))
     for name, y in result.items():
-        row = y[:, 0]
-        if arrays["simulator"]:
-            row = np.nanmean(t2mir.scores(y.T, arrays, tasks), axis=0)
+        row = y.mean(1)
+        if scored.any():
+            row = t2mir.scores(y.T, arrays, tasks)[scored].mean(0)
         print(f"{LABELS[name] + ':':25}" + "".join(f" {value:7.3f}" for value in row))
+    if scored.any() and not scored.all():
+        left_out = ", ".join(map(str, np.flatnonzero(tasks)[~scored]))
+        print(f"no scores in tasks whose expert hardly gains over random actions: {left_out}")
     draw(run / "incontext.png", run.resolve().name, labels, amount, result, lines)
     print(f"picture: {run / 'incontext.png'}")
     if arrays["simulator"]:
@@ -172,7 +185,4 @@ def main(run: tyro.conf.Positional[Path], data: str = ""):
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main, description=__doc__)
-    except (BadInput, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_command(lambda: tyro.cli(main, description=__doc__))

@@ -12,8 +12,12 @@ a simulator whether the task-wise router chooses alike in an agent's own episode
 ones.
 """
 
+import os
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"  # that of a notebook may not exist here
 
 import numpy as np
 import torch
@@ -23,7 +27,7 @@ from sklearn.manifold import TSNE
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import t2mir
-from collect import BadInput, require, write_atomically
+from collect import require, run_command, write_atomically
 from experiments.report import open_run
 
 EPISODES = 10  # stored ones of each task, and own ones
@@ -207,7 +211,4 @@ def main(run: tyro.conf.Positional[Path], out: Path = Path("figures")):
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main, description=__doc__)
-    except (BadInput, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_command(lambda: tyro.cli(main, description=__doc__))

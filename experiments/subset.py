@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from collect import BadInput, load, require, write_atomically
+from collect import load, require, run_command, write_atomically
 
 OF_TASKS = ("test", "tasks", "random_return", "expert_return")  # first axis: tasks
 OF_STEPS = ("states", "actions", "rewards", "expert_actions", "learner_actions")  # tasks, episodes
@@ -71,7 +71,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main, description=__doc__)
-    except (BadInput, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_command(lambda: tyro.cli(main, description=__doc__))

@@ -9,8 +9,12 @@ of the episode: 0 is a random agent, 1 the task's expert. The tasks are evenly s
 held-out tasks of the run, on HalfCheetah by their velocity. The file is FOLDER/NAME.gif.
 """
 
+import os
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"  # that of a notebook may not exist here
 
 import imageio.v3 as imageio
 import mujoco
@@ -21,7 +25,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import t2mir
-from collect import BadInput, require, write_atomically
+from collect import require, run_command, write_atomically
 from envs import make_vec
 
 FRAMES_PER_SECOND = 10
@@ -193,7 +197,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main, description=__doc__)
-    except (BadInput, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_command(lambda: tyro.cli(main, description=__doc__))

@@ -153,7 +153,8 @@ def test_an_agent_acts_until_episodes_end(early_ends):
     """Exercise 6: in a vector environment of Gymnasium's, episodes have the lengths that it says."""
     t2mir, _, configure = early_ends
     model = untrained(t2mir, configure("ad"))
-    poles = gymnasium.make_vec("InvertedPendulum-v5", 3)
+    wrappers = [lambda pole: gymnasium.wrappers.RescaleAction(pole, -1.0, 1.0)]
+    poles = gymnasium.make_vec("InvertedPendulum-v5", 3, "sync", wrappers=wrappers)
     history = t2mir.evaluate(model, poles, 2)
     poles.close()
     lengths = history["lengths"]
