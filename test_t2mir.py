@@ -3639,6 +3639,25 @@ def test_discrete_actions_are_checked(changed, message, tmp_path):
         reload(tmp_path, DISCRETE, **changed)
 
 
+@pytest.mark.parametrize("dtype", [int, np.uint8])
+def test_integers_that_may_be_discrete_are_not_taken_for_continuous(dtype, tmp_path):
+    """Buttons 0 and 1 of shape (N, E, T, 1) would pass as forces; floats are no buttons."""
+    for largest in (1, 4):
+        buttons = (MOVES % (largest + 1))[..., None].astype(dtype)
+        changed = {name: buttons for name in ACTIONS if name in OWN}
+        with pytest.raises(BadInput, match=r"shape \(N, E, T\) if they are discrete"):
+            reload(tmp_path, OWN, **changed)
+    forces = {name: np.clip(MOVES[..., None], 0, 1) * 1.0 for name in ACTIONS if name in OWN}
+    assert reload(tmp_path, OWN, **forces)["actions"].dtype == np.float32
+
+
+def test_actions_in_another_unit_are_said(tmp_path):
+    """An agent samples with a deviation of at least 0.05, which would drown them."""
+    small = {name: OWN[name] / 100 for name in ACTIONS if name in OWN}
+    with pytest.warns(UserWarning, match="`actions` is at most.*divide by the largest action"):
+        reload(tmp_path, OWN, **small)
+
+
 def test_a_familys_dimensions_are_checked(folder, tmp_path):
     """Data under a family's name has its horizon, observations, actions and tasks."""
     np.savez(tmp_path / "cheetah_vel.npz", **OWN)
