@@ -29,8 +29,8 @@ episodes of T steps, are:
                                          `load` does not read it
 
 The first four are enough for AD; DPT also needs `expert_actions`. The last four are for tasks of
-envs.py. Any type of number will do: float64 is kept in `states` and `rewards`, integers are kept in
-discrete actions, and `load` converts all other types.
+envs.py. Any type of number will do. `load` makes float32 of it, and in `states` and `rewards` float64 if
+float32 cannot hold it. Integers are kept in discrete actions.
 """
 
 import argparse
@@ -41,6 +41,7 @@ import errno
 import hashlib
 import json
 import math
+import numbers
 import os
 import re
 import sys
@@ -58,7 +59,7 @@ import torch.nn.functional as F
 import tyro
 from filelock import FileLock, Timeout
 from gymnasium.spaces import Box, Discrete
-from gymnasium.vector import VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import nn
 from tqdm import tqdm
 
@@ -92,7 +93,7 @@ def first_line(error):
 
 def run_command(main, interrupted=""):
     """Calls `main` as a script does: what the user can mend is said in one line."""
-    if sys.stdout is not None:
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="backslashreplace")  # no name is too foreign to be printed
     try:
         main()
@@ -105,7 +106,8 @@ def run_command(main, interrupted=""):
 def check_fields(settings):
     """Raises BadInput unless each field of a dataclass has a value of its type.
 
-    Numbers must be finite and not negative.
+    Numbers must be finite and not negative. Those of numpy become Python's, which a checkpoint and
+    a JSON file can hold.
     """
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
@@ -113,13 +115,19 @@ def check_fields(settings):
         choices = get_args(field.type)
         kind = field.type
         if kind in (int, float):
-            number = isinstance(value, (int, kind)) and not isinstance(value, bool)
-            known = number and 0 <= value < math.inf
+            wanted = numbers.Integral
+            if kind is float:
+                wanted = numbers.Real
+            known = isinstance(value, wanted) and not isinstance(value, bool)
+            known = known and 0 <= value < math.inf
             require(known, f"{flag} must be of type {kind.__name__}, at least 0 and finite")
+            setattr(settings, field.name, kind(value))
         elif kind in (bool, str):
             require(isinstance(value, kind), f"{flag} must be of type {kind.__name__}")
+            setattr(settings, field.name, kind(value))
         elif isinstance(choices[0], str):
             require(value in choices, f"{flag} must be one of {', '.join(choices)}")
+            setattr(settings, field.name, str(value))
 
 
 def expand(folder):
@@ -145,6 +153,24 @@ def write_atomically(path, write):
         if isinstance(error.__context__, OSError):  # of which torch.save makes a RuntimeError
             reason = error.__context__
         raise BadInput(f"{path} cannot be written ({first_line(reason)})") from None
+
+
+@contextmanager
+def reading(path, damaged):
+    """Turns an error of reading `path` in a `with` block into a BadInput.
+
+    A file that cannot be read now may be a good one. Only of its content is `damaged` said.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, BadInput):
+            raise
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        no_memory = isinstance(error, MemoryError) or "llocate" in str(error)
+        if no_memory or (isinstance(error, OSError) and error.errno is not None):
+            raise BadInput(f"{path} cannot be read ({reason})") from None
+        raise BadInput(f"{path} {damaged} ({reason})") from None
 
 
 @contextmanager
@@ -191,19 +217,24 @@ SIMULATOR = ("tasks", "random_return", "expert_return")
 
 
 def dataset_path(folder, name):
-    """Where dataset `name` lies: the folder FOLDER/NAME if only it exists, else FOLDER/NAME.npz."""
+    """Where dataset `name` lies: the folder FOLDER/NAME if it exists, else FOLDER/NAME.npz.
+
+    Raises BadInput if both exist.
+    """
     file = Path(expand(folder)) / f"{name}.npz"
     unpacked = file.with_suffix("")
-    if unpacked.is_dir() and not file.exists():
+    both = unpacked.is_dir() and file.exists()
+    require(not both, f"there are both {file} and the folder {unpacked}: move one of them away")
+    if unpacked.is_dir():
         return unpacked
     return file
 
 
 def load(path):
-    """Reads and checks a dataset: a file NAME.npz, or a folder NAME of .npy files.
+    """Reads and checks a dataset: a file NAME.npz, or a folder NAME of .npy files, with either name.
 
-    If the file does not exist, the folder of the same name without .npz is taken. An array of a
-    folder stays mapped if it has the type that is used; otherwise it is copied into memory.
+    An array of a folder stays mapped if it has the type that is used; otherwise it is copied into
+    memory.
 
     Returns a dict with the arrays that are used, their `fingerprint`, and `simulator`, which says
     whether an agent can act in the tasks. Actions are discrete if `actions` has three dimensions.
@@ -211,9 +242,8 @@ def load(path):
     """
     path = Path(expand(path))
     name = path.name.removesuffix(".npz")
-    if not path.exists():
-        path = dataset_path(path.parent, name)
-    advice = "run collect.py, or write the arrays that are listed at its beginning"
+    path = dataset_path(path.parent, name)
+    advice = "if it has moved, name its folder with --data, else collect.py makes one"
     require(path.exists(), f"{path} is missing: {advice}")
 
     family = ENVS.get(name)
@@ -259,14 +289,12 @@ def read_arrays(path, names):
 
     The arrays of a folder are mapped. What is written to them changes the memory and not the files.
     """
-    try:
+    with reading(path, "is damaged or not a dataset"):
         if path.is_dir():
             found = [name for name in names if (path / f"{name}.npy").exists()]
             return {name: np.load(path / f"{name}.npy", mmap_mode="c") for name in found}
         with np.load(path) as file:
             return {name: file[name] for name in names if name in file}
-    except Exception as error:  # noqa: BLE001 - a damaged file can raise almost anything
-        raise BadInput(f"{path} is damaged or not a dataset ({first_line(error)})") from None
 
 
 def read_sizes(path, data, shapes):
@@ -303,8 +331,8 @@ def convert(where, name, x, discrete):
     wanted = np.float32
     if name in SIMULATOR:
         wanted = np.float64
-    if name in ("states", "rewards") and native == np.float64:
-        wanted = np.float64
+    if name in ("states", "rewards") and not np.can_cast(native, np.float32):
+        wanted = np.float64  # large integers would be rounded
     with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite
         x = x.astype(wanted, copy=False)
 
@@ -365,6 +393,10 @@ def check_environment(env, sizes):
     wanted = "an array of tasks or a vector environment, such as SyncVectorEnv([make_robot])"
     require(known, f"`evaluate` takes {wanted}, not {type(env).__name__}")
 
+    twice = env.metadata.get("autoreset_mode") == AutoresetMode.SAME_STEP
+    advice = "make it with autoreset_mode=AutoresetMode.NEXT_STEP, which is the default"
+    require(not twice, f"with AutoresetMode.SAME_STEP each episode would begin twice: {advice}")
+
     space = env.single_observation_space
     shape = (sizes["obs_dim"],)
     advice = "gymnasium.wrappers.FlattenObservation makes a vector of other observations"
@@ -377,10 +409,13 @@ def check_environment(env, sizes):
         fits = isinstance(space, Discrete) and space.start == 0 and space.n >= act_dim
         require(fits, f"actions must be Discrete({act_dim}), as in training, not {space}")
     else:
-        fits = isinstance(space, Box) and space.shape == (act_dim,)
-        require(fits, f"actions must be of shape ({act_dim},), as in training, not {space}")
+        fits = isinstance(space, Box) and space.shape == (act_dim,) and space.dtype.kind == "f"
+        wanted = f"floats of shape ({act_dim},)"
+        require(fits, f"actions must be {wanted}, as in training, not {space}")
         unit = (space.low == -1).all() and (space.high == 1).all()
         advice = "wrap each robot in gymnasium.wrappers.RescaleAction(robot, -1, 1)"
+        if not space.is_bounded():
+            advice = "leave out gymnasium.wrappers.ClipAction, or give the space its bounds"
         require(unit, f"actions must lie in [-1, 1], not {space}: {advice}")
 
 
@@ -389,7 +424,7 @@ def checked(x, shape, name):
 
     Raises BadInput if it has another shape or is not finite.
     """
-    x = torch.as_tensor(x, dtype=torch.float64, device="cpu")
+    x = torch.from_numpy(np.array(x, dtype=np.float64))  # of any type and layout
     found = tuple(x.shape)
     require(found == shape, f"the environment's {name} have shape {found} instead of {shape}")
     require(x.isfinite().all(), f"the environment's {name} are not finite, so the agent stops")
@@ -831,11 +866,8 @@ class Collection:
 
     def restore(self, path):
         """Continues from the last `save`. Raises BadInput if it is damaged or its settings differ."""
-        try:
+        with reading(path, "is damaged, so delete it to begin again"):
             saved = torch.load(path, map_location=self.device, weights_only=True)
-        except Exception as error:  # noqa: BLE001 - a damaged file can raise almost anything
-            advice = "delete it to begin again"
-            raise BadInput(f"{path} is damaged ({first_line(error)}): {advice}") from None
         require("guest" in saved, f"{path} is from an older version of collect.py: delete it")
         # These may differ. Another device draws other random numbers.
         free = ("episodes", "history", "device", "out")

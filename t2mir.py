@@ -83,11 +83,11 @@ from collect import (
     collect,
     dataset_path,
     expand,
-    first_line,
     has_score,
     keep_freed_memory,
     load,
     pick_device,
+    reading,
     require,
     run_command,
     statistics,
@@ -177,16 +177,17 @@ class Config:
             chooses, f"--top-k must be at least 2 and less than the {experts} experts of an MoE"
         )
         n = self.n_layers
-        exist = all(-n <= i < n for i in self.moe_layers)
+        self.moe_layers = tuple(np.atleast_1d(self.moe_layers).tolist())
+        exist = len(self.moe_layers) > 0 and all(i in range(-n, n) for i in self.moe_layers)
         require(exist, f"--moe-layers must be from {-n} to {n - 1}, as there are {n} blocks")
         divisible = self.d_model % 16 == 0 and self.d_model % self.n_heads == 0  # 16 for grouped_mm
         require(divisible, "--d-model must be a multiple of 16 and of --n-heads")
         even = self.batch % 2 == 0 and self.batch > 2
         require(even, "--batch must be even and at least 4: it has two sequences of each task")
         env = Path(self.env)
-        known = self.env == env.name and env.suffix != ".npz"
-        advice = f"for {env.with_suffix('.npz')} give --env {env.stem} --data {env.parent}"
-        require(known, f"--env takes the name of a dataset: {advice}")
+        known = self.env == env.name != "" and env.suffix != ".npz"
+        advice = "for the file data/robot.npz give --env robot --data data"
+        require(known, f"--env {self.env!r} must be the name of a dataset: {advice}")
         inside = ".." not in Path(self.name).parts and not Path(self.name).is_absolute()
         require(inside, f"--name {self.name} must be the name of a folder inside of --runs")
         self.data = expand(self.data)
@@ -301,6 +302,8 @@ class Cache:
         if key not in self.stored:
             self.stored[key] = new.new_empty(*new.shape[:-2], self.capacity, new.shape[-1])
         end = self.length + new.shape[-2]
+        advice = "evaluate with use_cache=False"
+        require(end <= self.capacity, f"the context has more than `context` episodes: {advice}")
         self.stored[key][..., self.length : end, :] = new
         return self.stored[key][..., :end, :]
 
@@ -894,6 +897,8 @@ def open_dataset(c, may_collect=False):
     most = E - 1  # DPT: one episode is left for the queries
     if c.mode == "ad":
         most = E - int(data.get("guest", np.zeros(E)).sum())
+    advice = "DPT needs two of each task, AD one without a guest"
+    require(most > 0, f"{path} has too few episodes: {advice}")
     require(c.context <= most, f"--context must be at most {most} with the episodes of {path}")
     enough = c.batch // 2 <= train_tasks.sum()
     require(enough, f"--batch must be at most {2 * train_tasks.sum()}, twice the training tasks")
@@ -1115,11 +1120,12 @@ def own_context(c, history, episode, t):
 
 @contextmanager
 def evaluation_mode(model):
-    """No dropout, no noise in the routers, no gradients; afterwards the model is as it was."""
+    """No dropout, noise or gradients, and float32; afterwards the model is as it was."""
     training = model.training
+    device = model.state_statistics.device.type
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device, enabled=False):
             yield
     finally:
         model.train(training)
@@ -1140,7 +1146,8 @@ def evaluate(model, tasks, episodes, seed=0, context_of=own_context, use_cache=T
     c = model.config
     T = model.horizon
     device = model.state_statistics.device
-    require(isinstance(episodes, int) and episodes > 0, "`episodes` must be an integer, at least 1")
+    whole = isinstance(episodes, (int, np.integer)) and episodes > 0
+    require(whole, "`episodes` must be an integer, at least 1")
     require(callable(context_of), "`context_of` must be a function, such as t2mir.own_context")
     env = tasks
     if isinstance(tasks, np.ndarray):
@@ -1156,6 +1163,7 @@ def evaluate(model, tasks, episodes, seed=0, context_of=own_context, use_cache=T
     }
     if model.policy.discrete:
         history["actions"] = torch.zeros(shape, dtype=torch.long)
+    seed = int(seed)
     rng = torch.Generator(device).manual_seed(seed)
     with evaluation_mode(model):
         for episode in tqdm(range(episodes), "acting", leave=False, disable=None):
@@ -1174,8 +1182,8 @@ def evaluate(model, tasks, episodes, seed=0, context_of=own_context, use_cache=T
                 x = model.act(context, states.to(device), when, cache)
                 actions = model.policy.sample(x, greedy, rng).cpu()
                 require(actions.isfinite().all(), "the agent's actions are not finite")
+                history["actions"][:, episode, t] = actions  # first, as a robot may change them
                 observations, rewards, terminated, truncated, _ = env.step(actions.numpy())
-                history["actions"][:, episode, t] = actions
                 history["rewards"][:, episode, t] = checked(rewards, (N,), "rewards")
                 check_end(np.logical_or(terminated, truncated), t + 1, T)
             states = history["states"][:, episode]
@@ -1195,7 +1203,7 @@ def held_out_loss(model, x, batches=20):
     c = model.config
     size = min(c.batch, 2 * len(x["tasks"]))
     losses = []
-    with evaluation_mode(model):
+    with evaluation_mode(model), torch.random.fork_rng(devices=[]):
         for i in range(batches):
             torch.manual_seed(i)
             batch = DRAW_BATCH[c.mode](c, x, i, size).to(model.state_statistics.device)
@@ -1336,21 +1344,24 @@ def start_processes(c):
     device = pick_device(c.device)
     if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
         return 0, 1, device
+    advice = "start several processes with torchrun, or unset WORLD_SIZE"
     numbers = {}
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
-        value = os.environ.get(name, "")
-        advice = "start several processes with torchrun, or unset WORLD_SIZE"
-        require(value.isdecimal(), f"WORLD_SIZE is set, but {name} is {value!r}: {advice}")
-        numbers[name] = int(value)
-    processes = numbers["WORLD_SIZE"]
-    rank = numbers["RANK"]
+        numbers[name] = os.environ.get(name, "")
+        known = numbers[name].isdecimal()
+        require(known, f"WORLD_SIZE is set, but {name} is {numbers[name]!r}: {advice}")
+    known = int(numbers["WORLD_SIZE"]) > 0 and os.environ.get("MASTER_ADDR")
+    require(known, f"WORLD_SIZE is 0, or MASTER_ADDR is not set: {advice}")
+    processes = int(numbers["WORLD_SIZE"])
+    rank = int(numbers["RANK"])
     backend = "gloo"
     if "cuda" in device:
         backend = "nccl"
         device = f"cuda:{numbers['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        long = timedelta(days=1)  # the others wait while rank 0 evaluates
+        print(f"process {rank} of {processes} waits for the others")
+        long = timedelta(days=1)  # they wait as well while rank 0 evaluates
         dist.init_process_group(backend, timeout=long)
     return rank, processes, device
 
@@ -1453,6 +1464,8 @@ def mean_of(logs):
 def measure(model, data, tasks, x):
     """The held-out loss in `tasks`, and with a simulator the last episode's return and score."""
     numbers = {"heldout": held_out_loss(model, x)}
+    fine = math.isfinite(numbers["heldout"])
+    require(fine, "the last update has spoiled the weights: try a smaller --lr")
     if data["simulator"]:
         history = evaluate(model, data["tasks"][tasks], model.config.eval_episodes)
         returns = history["rewards"][:, -1].sum(-1).numpy()
@@ -1526,15 +1539,9 @@ def read_checkpoint(run):
     if path.is_dir() or path.suffix != ".pt":
         path = path / "ckpt.pt"
     require(path.exists(), f"{path} is missing: name the folder of a run that has a checkpoint")
-    try:
-        with open(path, "rb") as file:
-            saved = torch.load(file, map_location="cpu", weights_only=True)
+    with reading(path, "is damaged or not a checkpoint"):
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         fields = saved["config"].keys()
-    except OSError as error:
-        raise BadInput(f"{path} cannot be read ({first_line(error)})") from None
-    except Exception as error:  # noqa: BLE001, a damaged file can raise almost anything
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise BadInput(f"{path} is damaged or not a checkpoint ({reason})") from None
     unknown = fields ^ {field.name for field in dataclasses.fields(Config)}
     names = ", ".join(sorted(unknown))
     require(not unknown, f"{path} is of a version of t2mir.py with other settings: {names}")
@@ -1598,7 +1605,7 @@ def main():
     keep_freed_memory()
     folder = train(Config(**flags), resume)
     if not dist.is_initialized() or dist.get_rank() == 0:
-        report(folder)
+        report(folder, flags["data"], flags["device"])
 
 
 if __name__ == "__main__":

@@ -1398,7 +1398,7 @@ class Cart(gymnasium.Env):
     """A robot of somebody's own with states (3,), actions (2,) and episodes of `ends` steps.
 
     The state counts the steps. `odd` are values that it returns instead at a time, as a dict of
-    (what, time) -> value; it counts in `acted` how many actions it was sent.
+    (what, time) -> value. `acted` counts the actions that it was sent, `resets` its episodes.
     """
 
     observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (3,))
@@ -1409,6 +1409,7 @@ class Cart(gymnasium.Env):
         self.terminates = terminates
         self.odd = {}
         self.acted = 0
+        self.resets = 0
         for name, space in spaces.items():
             setattr(self, name, space)
 
@@ -1417,6 +1418,7 @@ class Cart(gymnasium.Env):
         return self.odd.get(("state", self.t), usual)
 
     def reset(self, *, seed=None, options=None):
+        self.resets += 1
         self.t = 0
         return self.state(), {}
 
@@ -1460,6 +1462,8 @@ OTHER_SPACES = [  # what a robot has, whether the agent's actions are discrete, 
     ({"observation_space": gymnasium.spaces.Dict(a=BOX(-1, 1, (3,)))}, False, "not Dict.*Flatten"),
     ({"action_space": BOX(-1, 1, (6,))}, False, r"of shape \(2,\), as in training, not Box"),
     ({"action_space": BOX(-1, 1, ())}, False, r"of shape \(2,\), as in training, not Box"),
+    ({"action_space": BOX(-1, 1, (2,), np.int8)}, False, "actions must be floats"),
+    ({"action_space": BOX(-np.inf, np.inf, (2,))}, False, "leave out.*ClipAction"),
     ({"action_space": BOX(-2, 2, (2,))}, False, "RescaleAction"),
     ({"action_space": BOX(0, 1, (2,))}, False, "RescaleAction"),
     ({"action_space": BOX(np.array([-1, -3]), np.array([1, 1]), dtype=float)}, False, "Rescale"),
@@ -1500,6 +1504,65 @@ def test_wrappers_make_other_spaces_fit():
     cart = gymnasium.wrappers.RescaleAction(cart, -1, 1)
     history = evaluate(tiny_model("dpt"), robots(gymnasium.wrappers.FlattenObservation(cart)), 2)
     assert history["states"][0, 0, 0].tolist() == [0, 1, 1]
+
+
+def test_an_episode_begins_once():
+    """An automatic reset in the last step would begin it twice, with another task if it draws one."""
+    for mode in gymnasium.vector.AutoresetMode:
+        carts = robots(Cart(), autoreset_mode=mode)
+        if mode == gymnasium.vector.AutoresetMode.SAME_STEP:
+            with pytest.raises(BadInput, match="would begin twice.*NEXT_STEP"):
+                evaluate(tiny_model("dpt"), carts, 2)
+        else:
+            evaluate(tiny_model("dpt"), carts, 2)
+            assert carts.envs[0].resets == 2
+
+
+def test_a_robot_may_change_the_actions_that_it_is_sent():
+    """The agent remembers what it did, and is not told of another action."""
+
+    class Weak(Cart):
+        def step(self, action):
+            action *= 0
+            return super().step(action)
+
+    model = tiny_model("ad")
+    one = evaluate(model, robots(Cart()), 3)
+    other = evaluate(model, robots(Weak()), 3)
+    assert torch.equal(one["actions"], other["actions"])
+
+
+def test_observations_may_be_of_any_type_and_layout():
+    class Mirrored(Odd):
+        def changed_states(self, states):
+            return states.astype(kind)[:, ::-1]
+
+    model = tiny_model("dpt")
+    expected = evaluate(model, robots(Cart()), np.int64(2), seed=np.int64(1))
+    for kind in (">f4", "f8", "i8", object):
+        history = evaluate(model, Mirrored(robots(Cart())), 2, seed=1)
+        near(history["actions"], expected["actions"], 1e-5)
+
+
+def test_acting_is_in_float32_within_anothers_autocast():
+    model = tiny_model("dpt")
+    expected = evaluate(model, Slider(TASKS), 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        history = evaluate(model, Slider(TASKS), 2)
+    assert torch.equal(history["actions"], expected["actions"])
+
+
+def test_a_context_that_is_too_long_for_the_cache_is_named():
+    """A rule of one's own may show more than `context` episodes, without the cache."""
+
+    def everything(c, history, episode, t):
+        c = dataclasses.replace(c, context=episode + 1)
+        return t2mir.own_context(c, history, episode, t)
+
+    model = tiny_model("dpt", context=1)
+    with pytest.raises(BadInput, match="use_cache=False"):
+        evaluate(model, Slider(TASKS), 4, context_of=everything)
+    evaluate(model, Slider(TASKS), 4, context_of=everything, use_cache=False)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -2042,7 +2105,7 @@ def test_a_stray_rank_is_ignored(data_folder, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert steps_of(short_run("dpt", data_folder)) == [3, 6]
     reported = []
-    monkeypatch.setattr("experiments.report.report", reported.append)
+    monkeypatch.setattr("experiments.report.report", lambda run, *where: reported.append(run))
     monkeypatch.setattr(t2mir, "train", lambda c, resume: "runs/name")
     call_main(monkeypatch)
     assert reported == ["runs/name"]
@@ -2224,13 +2287,91 @@ def test_the_home_directory_may_be_named(data_folder, monkeypatch):
         {"lr": math.inf},
         {"name": None},
         {"data": Path("data")},
+        {"moe_layers": ()},
+        {"moe_layers": (0.5,)},
+        {"moe_layers": "0"},
+        {"moe_layers": None},
+        {"env": ""},
     ],
 )
 def test_wrong_types_from_python_are_named(given):
     """A string is true even if it says False, and would be trained with."""
-    ((name, value),) = given.items()
-    with pytest.raises(BadInput, match=f"--{name.replace('_', '-')} {value} must be"):
+    (name,) = given
+    with pytest.raises(BadInput, match=f"--{name.replace('_', '-')} .*must be"):
         t2mir.preset(**given)
+
+
+def test_numbers_of_numpy_and_lists_become_pythons(data_folder):
+    """A checkpoint holds plain numbers only, and a Config is compared with one from a JSON file."""
+    given = {"lr": np.float64(1e-3), "steps": np.int64(6), "dropout": np.float32(0.5)}
+    given |= {"name": np.str_("run"), "moe_layers": [np.int64(0)]}
+    run = short_run("dpt", data_folder, **given)
+    c = t2mir.load_agent(run).config
+    assert (type(c.lr), type(c.steps), type(c.name), c.moe_layers) == (float, int, str, (0,))
+    again = Config(**json.loads((run / "config.json").read_text()))
+    t2mir.train(dataclasses.replace(again, steps=7), run)
+    assert type(Settings(lr=np.float64(1e-3)).lr) is float
+
+
+def test_a_finished_run_reports_where_its_data_is_now(data_folder, monkeypatch, capsys):
+    """With --resume and --data, or in the folder `data` if the whole project has moved."""
+    run = short_run("dpt", data_folder)
+    data_folder.rename(data_folder.parent / "elsewhere")
+    with pytest.raises(BadInput, match="name its folder with --data"):
+        report(run)
+    monkeypatch.chdir(data_folder.parent)
+    call_main(monkeypatch, "--resume", "run", "--data", "elsewhere", "--device", "cpu")
+    assert "own context" in capsys.readouterr().out
+    Path("elsewhere").rename("moved")
+    Path("moved").mkdir(exist_ok=True)
+    Path("moved").rename("project")
+    Path("project/data").mkdir()
+    Path("project/slider.npz").rename("project/data/slider.npz")
+    monkeypatch.chdir("project")
+    report("../run")
+    assert "own context" in capsys.readouterr().out
+
+
+def test_a_report_says_that_a_run_is_not_finished(data_folder, monkeypatch, capsys):
+    with monkeypatch.context() as stopping, pytest.raises(KeyboardInterrupt):
+        stop_at(stopping, "dpt", 4)
+        short_run("dpt", data_folder)
+    run = data_folder.parent / "run"
+    report(run)
+    assert "not finished: this is the agent after 3 of 6 steps" in capsys.readouterr().out
+    with np.load(run / "result.npz") as result:
+        assert result["step"] == 3
+    with pytest.raises(BadInput, match="must be the folder of a run"):
+        report(run / "ckpt.pt")
+
+
+def test_a_spoiled_checkpoint_is_not_written(data_folder, monkeypatch):
+    """If the update of an evaluating step spoils the weights, the last good checkpoint stays."""
+    get_lr = t2mir.get_lr
+    monkeypatch.setattr(t2mir, "get_lr", lambda c, step: 1e30 if step == 5 else get_lr(c, step))
+    with pytest.raises(BadInput, match="spoiled the weights: try a smaller --lr"):
+        short_run("dpt", data_folder)
+    assert steps_of(data_folder.parent / "run") == [3]
+    weights = t2mir.load_agent(data_folder.parent / "run").parameters()
+    assert all(p.isfinite().all() for p in weights)
+
+
+def test_the_held_out_loss_leaves_random_numbers_alone():
+    """Batches that a loop of one's own draws next do not repeat after each evaluation."""
+    model = tiny_model("dpt")
+    x = t2mir.to_tensors(numbered_data(), ~numbered_data()["test"])
+    drawn = []
+    torch.manual_seed(0)
+    for _ in range(2):
+        t2mir.held_out_loss(model, x, batches=1)
+        drawn.append(torch.rand(()).item())
+    assert drawn[0] != drawn[1]
+
+
+def test_one_episode_of_each_task_is_too_few_for_dpt(tmp_path):
+    changed = {"E": 1, "guest": None}
+    with pytest.raises(BadInput, match="DPT needs two of each task"):
+        short_run("dpt", own_data(tmp_path / "data", **changed), env="my_robot", context=1)
 
 
 @pytest.mark.parametrize("given", [{"steps": "9"}, {"critic_norm": "no"}, {"lr": True}, {"env": 3}])
@@ -2247,12 +2388,13 @@ def test_wrong_types_of_a_collections_settings_are_named(given):
         ({"WORLD_SIZE": "2", "RANK": "one", "LOCAL_RANK": "0"}, "RANK is 'one'"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
         ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "MASTER_PORT is ''"),
+        (dict.fromkeys(("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"), "0"), "is 0, or"),
     ],
 )
 def test_half_an_environment_of_torchrun_is_named(environment, said, data_folder, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(BadInput, match=f"{said}: start several processes with torchrun"):
+    with pytest.raises(BadInput, match=f"{said}.*: start several processes with torchrun"):
         short_run("dpt", data_folder)
 
 
@@ -2411,8 +2553,9 @@ BAD_FLAGS = """
 --name .. | --name
 --name a/../../b | --name
 --name /tmp/b | --name
---env data/slider.npz | --env slider --data data
---env slider.npz | --env slider --data .
+--env data/slider.npz | --env robot --data data
+--env slider.npz | --env robot --data data
+--env . | must be the name of a dataset
 --mode ad --no-clean-targets | --no-guests
 --val-tasks 9 | --val-tasks
 word | word
@@ -2483,7 +2626,7 @@ def configs_of(monkeypatch, *argv):
     """The Config that the command line makes."""
     configs = []
     monkeypatch.setattr(t2mir, "train", lambda c, resume: configs.append(c))
-    monkeypatch.setattr("experiments.report.report", lambda run: None)
+    monkeypatch.setattr("experiments.report.report", lambda *where: None)
     call_main(monkeypatch, *argv)
     return configs[0]
 
@@ -3357,6 +3500,30 @@ def test_a_disk_without_locks_is_said_and_used(code, tmp_path, monkeypatch):
         pass
 
 
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), MemoryError()])
+def test_a_file_that_cannot_be_read_now_is_not_called_damaged(error, tmp_path, monkeypatch):
+    """Nobody should delete a good file because of a message."""
+
+    def fails(*args, **kwargs):
+        raise error
+
+    (tmp_path / "point_robot.part").write_bytes(b"good")
+    (tmp_path / "robot.npz").write_bytes(b"good")
+    (tmp_path / "ckpt.pt").write_bytes(b"good")
+    monkeypatch.setattr(np, "load", fails)
+    monkeypatch.setattr(torch, "load", fails)
+    sizes = {"train_tasks": 2, "test_tasks": 1, "hidden": 4, "device": "cpu"}
+    for read in (
+        lambda: load(tmp_path / "robot.npz"),
+        lambda: t2mir.read_checkpoint(tmp_path),
+        lambda: collect("point_robot", out=tmp_path, **sizes),
+    ):
+        with pytest.raises(BadInput, match="cannot be read") as caught:
+            read()
+        assert "damaged" not in str(caught.value)
+        assert "delete" not in str(caught.value)
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not a checkpoint", b"x" * 1000])
 def test_a_damaged_part_of_a_collection_is_named(content, tmp_path):
     (tmp_path / "point_robot.part").write_bytes(content)
@@ -3456,13 +3623,15 @@ def test_a_familys_folder_has_a_simulator(folder, tmp_path):
 
 
 def test_the_path_of_a_dataset(tmp_path):
-    """The file, unless only the folder exists."""
+    """The folder if it exists, else the file. Which one is meant is unknown if both exist."""
     file = tmp_path / "robot.npz"
     assert dataset_path(tmp_path, "robot") == file
     write_folder(tmp_path / "robot", {})
     assert dataset_path(str(tmp_path), "robot") == tmp_path / "robot"
     file.touch()
-    assert dataset_path(tmp_path, "robot") == file
+    for name in ("robot", "robot.npz"):
+        with pytest.raises(BadInput, match="there are both"):
+            load(tmp_path / name)
 
 
 def big_arrays():
@@ -3552,15 +3721,23 @@ def test_float64_is_kept_in_states_and_rewards(tmp_path):
     np.testing.assert_array_equal(data["rewards"], far[..., 0])
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8", "int64", ">i2", "longdouble"])
-def test_other_types_become_float32(dtype, tmp_path):
-    """Integers with an axis of actions are values in the box, and not discrete."""
-    arrays = OWN
-    whole = {name: x.round().astype(dtype) for name, x in arrays.items() if x.ndim > 2}
-    data = reload(tmp_path, arrays, **whole)
+@pytest.mark.parametrize("dtype", ["float16", "int8", "int64", ">i2", "longdouble", "<u4"])
+def test_other_types_become_float32_or_float64(dtype, tmp_path):
+    """States and rewards float64 if float32 cannot hold the type, as with the counts of an encoder.
+
+    Integers with an axis of actions are values in the box, and not discrete.
+    """
+    whole = {name: abs(x).round().astype(dtype) for name, x in OWN.items() if x.ndim > 2}
+    for name in ("states", "rewards"):
+        if np.dtype(dtype).kind in "iu":
+            whole[name][..., 0] = np.iinfo(dtype).max
+    data = reload(tmp_path, OWN, **whole)
     for name, x in whole.items():
-        assert data[name].dtype == np.float32
-        np.testing.assert_array_equal(data[name], x)
+        wanted = np.float32
+        if name in ("states", "rewards") and dtype in ("int64", "longdouble", "<u4"):
+            wanted = np.float64
+        assert data[name].dtype == wanted
+        np.testing.assert_array_equal(data[name], x.astype(np.float64))
 
 
 def test_float64_actions_become_float32(tmp_path):

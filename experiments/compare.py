@@ -69,6 +69,7 @@ def measure_run(run, tasks, seed):
     returns = history["rewards"].sum(-1).numpy()
     low = data["random_return"].mean()
     high = data["expert_return"].mean()
+    require(high > low, f"{run} has no scores: its experts are no better than random actions")
     same = {
         "env": c.env,
         "mode": c.mode,

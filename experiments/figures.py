@@ -66,6 +66,9 @@ def read(folder):
     require(path.exists(), f"{folder} is not a finished run: python experiments/report.py {folder}")
     with np.load(path) as arrays:
         result = dict(arrays)
+    whole = result["step"] == saved["step"] == saved["config"]["steps"]
+    advice = f"--resume it, or python experiments/report.py {folder}"
+    require(whole, f"{folder} is not finished, or its report is of an earlier step: {advice}")
     if "tasks" not in result or "other" not in result or len(result["own"]) < 2:
         print(f"left out, because it has no returns of two or more episodes and tasks: {folder}")
         return None

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import t2mir
-from collect import has_score, require, run_command, write_atomically
+from collect import dataset_path, has_score, require, run_command, write_atomically
 
 LABELS = {"own": "own context", "hidden": "no context", "other": "context of another task"}
 COLORS = {"own": "C0", "hidden": "C7", "other": "C3"}
@@ -37,6 +37,8 @@ def open_run(run, data="", device="cpu"):
     """
     agent = t2mir.load_agent(run, device)
     c = agent.config
+    if not data and not dataset_path(c.data, c.env).exists():
+        data = "data"  # the whole project may have moved; that it is the same dataset is checked
     if data:
         c = dataclasses.replace(c, data=data)
     arrays, train_tasks, held_out = t2mir.open_dataset(c)
@@ -89,7 +91,7 @@ def losses_by_context(model, data, tasks, contexts, batches=60):
     steps_per_episode = len(range(0, model.horizon, c.stride))
     seen = []
     losses = {name: [] for name in contexts}
-    with t2mir.evaluation_mode(model):
+    with t2mir.evaluation_mode(model), torch.random.fork_rng(devices=[]):
         for i in range(batches):
             torch.manual_seed(i)
             batch = t2mir.DRAW_BATCH[c.mode](c, x, i, size).to(device)
@@ -127,15 +129,21 @@ def draw(path, title, labels, amount, result, lines):
     for name, (height, style) in lines.items():
         ax.axhline(height, color="k", ls=style, lw=1, label=name)
     ax.set(xlabel=labels[0], ylabel=labels[1])
-    ax.set_title(title, parse_math=False)  # a name may have a $
+    title = title.encode(errors="replace").decode()  # a name may have a broken letter, or a $
+    ax.set_title(title, parse_math=False)
     ax.legend(fontsize=7)
     write_atomically(path, lambda file: fig.savefig(file, dpi=150, format="png"))
 
 
-def report(run, data=""):
+def report(run, data="", device="auto"):
     """Writes result.npz and incontext.png into the folder `run`, and prints the table."""
     run = Path(run)
-    device = t2mir.read_checkpoint(run)["config"]["device"]
+    require(not run.is_file(), f"{run} must be the folder of a run")
+    saved = t2mir.read_checkpoint(run)
+    step = saved["step"]
+    steps = saved["config"]["steps"]
+    if step < steps:
+        print(f"{run} is not finished: this is the agent after {step} of {steps} steps")
     model, arrays, _, tasks = open_run(run, data, device)
     contexts = ["own", "hidden"]
     if tasks.sum() > 1:
@@ -155,7 +163,7 @@ def report(run, data=""):
         labels = ("steps of context", "held-out loss, -log P of the actions")
         title = labels[1]
     write_atomically(
-        run / "result.npz", lambda file: np.savez(file, amount=amount, **result, **more)
+        run / "result.npz", lambda file: np.savez(file, amount=amount, step=step, **result, **more)
     )
 
     scored = np.zeros(0, bool)
@@ -179,9 +187,9 @@ def report(run, data=""):
         print(f"moving pictures: python experiments/watch.py {run}")
 
 
-def main(run: tyro.conf.Positional[Path], data: str = ""):
+def main(run: tyro.conf.Positional[Path], data: str = "", device: str = "auto"):
     """Makes the report of a run. `data` is the folder of the dataset, if it has moved."""
-    report(run, data)
+    report(run, data, device)
 
 
 if __name__ == "__main__":

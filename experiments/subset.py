@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from collect import load, require, run_command, write_atomically
+from collect import expand, load, require, run_command, write_atomically
 
 OF_TASKS = ("test", "tasks", "random_return", "expert_return")  # first axis: tasks
 OF_STEPS = ("states", "actions", "rewards", "expert_actions", "learner_actions")  # tasks, episodes
@@ -36,7 +36,7 @@ def main(
         episodes: all, a half of each history, or four episodes of every eight (mixed)
     """
     data = load(dataset)
-    path = out / f"{dataset.stem}.npz"
+    path = Path(expand(out)) / f"{dataset.name.removesuffix('.npz')}.npz"
     training = np.flatnonzero(~data["test"])
     if train_tasks is None:
         train_tasks = len(training)
@@ -55,6 +55,7 @@ def main(
         "mixed": every[every % 8 < 4],
     }
     kept = halves[episodes]
+    require(len(kept) > 0, f"--episodes {episodes}: {dataset} has too few episodes")
 
     arrays = {}
     for name, x in data.items():

@@ -48,12 +48,18 @@ DENSE = {"token_moe": False, "task_moe": False}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a tiny dataset of each family. Most actions are random, all experts poor."""
+    """A folder with a tiny dataset of each family. Most actions are random, all experts poor.
+
+    Those of Point-Robot are called better than random, because scores need such experts.
+    """
     out = tmp_path_factory.mktemp("data")
     tiny = {"out": out, "hidden": 16, "batch": 16, "copies": 2, "seed": 3, "history": 1.0}
     tiny["device"] = "cpu"
     point = {"steps": 200, "random_steps": 130, "episodes": 16, "train_tasks": 8, "test_tasks": 3}
-    collect("point_robot", **tiny | point)
+    path = collect("point_robot", **tiny | point)
+    arrays = dict(np.load(path))
+    arrays["expert_return"] = arrays["random_return"] + 5
+    np.savez(path, **arrays)
     robot = {"steps": 400, "random_steps": 385, "episodes": 3, "train_tasks": 2, "test_tasks": 1}
     for name in ("cheetah_vel", "walker_param"):
         collect(name, **tiny | robot)
@@ -200,11 +206,12 @@ def test_another_dataset_is_refused(train, folder, tmp_path):
         compare.open_run(tmp_path)
 
 
-def test_a_missing_dataset_is_not_collected(train, tmp_path):
+def test_a_missing_dataset_is_not_collected(train, tmp_path, monkeypatch):
     """A script that measures a run says that its dataset is missing."""
     saved = t2mir.read_checkpoint(train("moe0", seed=0))
     moved = saved["config"] | {"data": str(tmp_path)}
     torch.save(saved | {"config": moved}, tmp_path / "ckpt.pt")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(BadInput, match="is missing"):
         compare.open_run(tmp_path)
 
@@ -264,7 +271,7 @@ def made(pairs, tmp_path_factory):
         result = {"tasks": np.arange(6).reshape(3, 2), "amount": np.array([1, 2])}
         result["random_return"] = np.full(3, -9.0)
         result["expert_return"] = np.full(3, -1.0)
-        np.savez(run / "result.npz", **result, **returns)
+        np.savez(run / "result.npz", step=6, **result, **returns)
         scores[run.name] = (returns["own"] + 9) / 8  # (episodes, tasks)
     out = tmp_path_factory.mktemp("figures")
     figures.main((*pairs[0], *pairs[1]), out=out)
