@@ -206,6 +206,30 @@ def test_another_dataset_is_refused(train, folder, tmp_path):
         compare.open_run(tmp_path)
 
 
+def test_an_outdated_report_is_refused(train, tmp_path):
+    """Its returns are those of another agent than the one that the table names."""
+    run = train("outdated")
+    returns = {name: np.zeros((2, 3)) for name in figures.CONTEXTS}
+    result = {"tasks": np.zeros((3, 2)), "random_return": np.zeros(3), "expert_return": np.ones(3)}
+    np.savez(run / "result.npz", step=3, **result, **returns)
+    with pytest.raises(BadInput, match="not finished, or its report is of an earlier step"):
+        figures.main((run,), out=tmp_path)
+
+
+def test_experts_no_better_than_random_have_no_scores(train, tmp_path):
+    """The sign of a score would be turned round."""
+    saved = t2mir.read_checkpoint(train("moe0", seed=0))
+    arrays = t2mir.load(Path(saved["config"]["data"]) / "point_robot.npz")
+    arrays["expert_return"] = arrays["random_return"] - 5
+    data = {name: x for name, x in arrays.items() if isinstance(x, np.ndarray)}
+    np.savez(tmp_path / "point_robot.npz", **data)
+    config = saved["config"] | {"data": str(tmp_path)}
+    changed = t2mir.open_dataset(t2mir.Config(**config))[0]["fingerprint"]
+    torch.save(saved | {"config": config, "fingerprint": changed}, tmp_path / "ckpt.pt")
+    with pytest.raises(BadInput, match="no better than random actions"):
+        compare.main((tmp_path,), tasks=2)
+
+
 def test_a_missing_dataset_is_not_collected(train, tmp_path, monkeypatch):
     """A script that measures a run says that its dataset is missing."""
     saved = t2mir.read_checkpoint(train("moe0", seed=0))
