@@ -5,8 +5,8 @@
 All agents are trained as one batch: every network has a leading agent dimension, so one call
 computes all 250 agents (60 on MuJoCo) without a loop.
 
-A dataset is a file data/NAME.npz, or a folder data/NAME/ with one .npy file per array. A folder is
-mapped and not read, so it may be larger than the memory. The arrays of N tasks, each with E
+A dataset is a file data/NAME.npz, or a folder data/NAME/ with one .npy file per array. Arrays of a
+folder are mapped, so they may be larger than the memory, if they have the type that is used. The arrays of N tasks, each with E
 episodes of T steps, are:
 
     states           (N, E, T, obs_dim)  whole episodes, in the order in which the agent experienced
@@ -92,9 +92,9 @@ def first_line(error):
 
 
 def run_command(main, interrupted=""):
-    """Calls `main` as a script does: what the user can mend is said in one line."""
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
-        sys.stdout.reconfigure(errors="backslashreplace")  # no name is too foreign to be printed
+    """Calls `main`, and ends the script with one line if there is an error that a user can mend."""
+    if hasattr(sys.stdout, "reconfigure"):  # that of a notebook has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # letters that the terminal lacks
     try:
         main()
     except (BadInput, OSError) as error:
@@ -159,7 +159,7 @@ def write_atomically(path, write):
 def reading(path, damaged):
     """Turns an error of reading `path` in a `with` block into a BadInput.
 
-    A file that cannot be read now may be a good one. Only of its content is `damaged` said.
+    A file that cannot be read now may be a good one, so `damaged` is said of wrong content only.
     """
     try:
         yield
@@ -167,7 +167,8 @@ def reading(path, damaged):
         if isinstance(error, BadInput):
             raise
         reason = f"{type(error).__name__}: {first_line(error)}"
-        no_memory = isinstance(error, MemoryError) or "llocate" in str(error)
+        # PyTorch has no class of its own for "can't allocate memory".
+        no_memory = isinstance(error, MemoryError) or "allocate" in str(error)
         if no_memory or (isinstance(error, OSError) and error.errno is not None):
             raise BadInput(f"{path} cannot be read ({reason})") from None
         raise BadInput(f"{path} {damaged} ({reason})") from None
@@ -231,9 +232,9 @@ def dataset_path(folder, name):
 
 
 def load(path):
-    """Reads and checks a dataset: a file NAME.npz, or a folder NAME of .npy files, with either name.
+    """Reads and checks a dataset: a file NAME.npz, or a folder NAME of .npy files.
 
-    An array of a folder stays mapped if it has the type that is used; otherwise it is copied into
+    `path` may end in .npz or not, in both cases. An array of a folder stays mapped if it has the type that is used; otherwise it is copied into
     memory.
 
     Returns a dict with the arrays that are used, their `fingerprint`, and `simulator`, which says
@@ -243,7 +244,9 @@ def load(path):
     path = Path(expand(path))
     name = path.name.removesuffix(".npz")
     path = dataset_path(path.parent, name)
-    advice = "if it has moved, name its folder with --data, else collect.py makes one"
+    advice = "if it has moved, name its folder with --data"
+    if name in ENVS:
+        advice += f", else run collect.py --env {name}"
     require(path.exists(), f"{path} is missing: {advice}")
 
     family = ENVS.get(name)
@@ -289,12 +292,23 @@ def read_arrays(path, names):
 
     The arrays of a folder are mapped. What is written to them changes the memory and not the files.
     """
+    data = {}
     with reading(path, "is damaged or not a dataset"):
         if path.is_dir():
-            found = [name for name in names if (path / f"{name}.npy").exists()]
-            return {name: np.load(path / f"{name}.npy", mmap_mode="c") for name in found}
-        with np.load(path) as file:
-            return {name: file[name] for name in names if name in file}
+            found = [file.stem for file in path.glob("*.npy")]
+            for name in names:
+                if name in found:
+                    data[name] = np.load(path / f"{name}.npy", mmap_mode="c")
+        else:
+            with np.load(path) as file:
+                found = file.files
+                for name in names:
+                    if name in found:
+                        data[name] = file[name]
+    unused = ", ".join(sorted(set(found) - set(names) - {"info", "tasks"}))
+    if unused:
+        warnings.warn(f"{path}: arrays that are not used: {unused}", stacklevel=3)
+    return data
 
 
 def read_sizes(path, data, shapes):
@@ -339,16 +353,15 @@ def convert(where, name, x, discrete):
     # The extremes show what is not finite, and no second array is needed to find them.
     low = float(x.min())
     high = float(x.max())
-    require(-3e38 < low and high < 3e38, f"{where} has non-finite values in float32")
+    advice = "all episodes must have T steps, see exercise 6"
+    require(-3e38 < low and high < 3e38, f"{where} has non-finite values in float32: {advice}")
     if name in ACTIONS:
         inside = -1 - 1e-6 <= low and high <= 1 + 1e-6
-        advice = "divide by the largest action of your robot"
+        advice = "scale them with the bounds of your robot, 2 (a - low) / (high - low) - 1"
         require(inside, f"{where} must lie in [-1, 1]: {advice}")
         largest = max(-low, high)
         if largest < 0.1:
-            warnings.warn(
-                f"{where} is at most {largest:.2g}, hardly noticed: {advice}", stacklevel=3
-            )
+            warnings.warn(f"{where} is at most {largest:.2g}: {advice}", stacklevel=3)
     return x
 
 
@@ -434,7 +447,7 @@ def checked(x, shape, name):
 def check_end(ended, steps, T):
     """Raises BadInput if an episode has `ended` (N,) bool after fewer than T steps."""
     early = steps < T and ended.any()
-    advice = "let it go on in a wrapper, or see experiments/exercises/6_early_ends.patch"
+    advice = "let a wrapper go on until then, or see experiments/exercises/6_early_ends.patch"
     require(not early, f"an episode ended after {steps} of {T} steps: {advice}")
 
 

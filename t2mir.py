@@ -1136,12 +1136,16 @@ def evaluate(model, tasks, episodes, seed=0, context_of=own_context, use_cache=T
 
     Returns the agent's history in the format of a dataset: `states` (N, episodes, T, obs_dim),
     `actions` (N, episodes, T, act_dim) or int, `rewards` (N, episodes, T). The returns are
-    `evaluate(...)["rewards"].sum(-1)`, (N, episodes). `context_of` says what the agent sees of its
-    history; within an episode, steps may only be added at its end. Without the cache each step is a
-    full forward pass.
+    `evaluate(...)["rewards"].sum(-1)`, (N, episodes). Each call begins without experience, and each
+    of the N environments may be another task. `seed` draws the start states and the actions.
+    `context_of(c, history, episode, t)` gives the Steps that the agent sees of its history; within
+    an episode, steps may only be added at their end. Without the cache each step is a full forward
+    pass.
 
-    Raises BadInput if observations or actions are of another shape or range than in training, if a
-    number is not finite, before it leads to an action, and if an episode ends before T steps.
+    Raises BadInput if observations are of another shape than in training, if actions are of another
+    shape or not in [-1, 1], if an episode ends before T steps, and if a number is not finite, before
+    the next action. Warns after an episode in which states or rewards were far from those of the
+    training.
     """
     c = model.config
     T = model.horizon
@@ -1196,9 +1200,10 @@ def evaluate(model, tasks, episodes, seed=0, context_of=own_context, use_cache=T
 
 
 def held_out_loss(model, x, batches=20):
-    """The mean -log P of the targets in `x`, made by `to_tensors`: always in the same batches.
+    """The mean -log P of the targets in `x`, made by `to_tensors`.
 
-    A constant is left out, which differs between the policies.
+    The batches are the same in each call with the same Config. A constant is left out, which
+    differs between the policies.
     """
     c = model.config
     size = min(c.batch, 2 * len(x["tasks"]))
@@ -1252,21 +1257,25 @@ def new_model(c, data, tasks):
 
 
 def orthogonalise(x):
-    """Replaces all singular values of the matrices x (M, rows, columns) by about 1.
+    """Brings the singular values of the matrices x (M, rows, columns) to about 1.
 
-    Five steps of a Newton-Schulz iteration. With x = U S V^T, a step is U (a S + b S^3 + c S^5) V^T,
-    and the constants of Jordan et al. (2024) bring the singular values fast to between 0.7 and 1.2.
+    Five steps of a Newton-Schulz iteration: with x = U S V^T, a step makes U (a S + b S^3 + c S^5)
+    V^T of it. With the constants of Jordan et al. (2024) all singular values but very small ones
+    end between 0.7 and 1.2.
     """
+    a = 3.4445
+    b = -4.7750
+    c = 2.0315
     wide = x
     if x.shape[1] > x.shape[2]:
         wide = x.mT
     wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     if x.is_cuda:
-        wide = wide.bfloat16()
+        wide = wide.bfloat16()  # the result is a rough one anyway
     for _ in range(5):
         square = wide @ wide.mT
-        polynomial = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
-        wide = torch.baddbmm(wide, polynomial, wide, beta=3.4445)
+        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        wide = torch.baddbmm(wide, polynomial, wide, beta=a)
     if x.shape[1] > x.shape[2]:
         wide = wide.mT
     return wide.to(x.dtype)
@@ -1275,9 +1284,9 @@ def orthogonalise(x):
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) for weights (rows, columns) or (M, rows, columns).
 
-    It is torch.optim.Muon with adjust_lr_fn="match_rms_adamw": the mean of the gradients is made
-    orthogonal and scaled to the size of AdamW's updates. That one takes one matrix after another,
-    this one all matrices of a shape at once.
+    It equals torch.optim.Muon with adjust_lr_fn="match_rms_adamw": the running mean of the
+    gradients is made orthogonal, and scaled to the size of AdamW's updates. PyTorch's loops over
+    the matrices. This one computes all matrices of a shape at once.
     """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
@@ -1296,6 +1305,7 @@ class Muon(torch.optim.Optimizer):
         means = [self.state[p]["mean"] for p in params]
         grads = [p.grad for p in params]
         torch._foreach_lerp_(means, grads, 1 - group["momentum"])
+        # Nesterov's momentum counts the newest gradient once more.
         updates = dict(zip(params, torch._foreach_lerp(grads, means, group["momentum"])))
 
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
@@ -1303,7 +1313,7 @@ class Muon(torch.optim.Optimizer):
             matrices = [updates[p].reshape(-1, *shape) for p in of_shape]
             directions = orthogonalise(torch.cat(matrices)).split([len(m) for m in matrices])
             directions = [d.view_as(p) for d, p in zip(directions, of_shape)]
-            step_size = group["lr"] * 0.2 * max(shape) ** 0.5
+            step_size = group["lr"] * 0.2 * max(shape) ** 0.5  # 0.2: an update of AdamW
             torch._foreach_add_(of_shape, directions, alpha=-step_size)
 
 
@@ -1462,7 +1472,10 @@ def mean_of(logs):
 
 
 def measure(model, data, tasks, x):
-    """The held-out loss in `tasks`, and with a simulator the last episode's return and score."""
+    """The held-out loss in `tasks`, and with a simulator the last episode's return and score.
+
+    `x` is made of `tasks` by `to_tensors`.
+    """
     numbers = {"heldout": held_out_loss(model, x)}
     fine = math.isfinite(numbers["heldout"])
     require(fine, "the last update has spoiled the weights: try a smaller --lr")
@@ -1507,7 +1520,7 @@ def save(folder, run, model, optimizers):
         write_atomically(folder / "config.json", lambda file: file.write(config.encode()))
         write_atomically(folder / "log.csv", lambda file: file.write(table.encode()))
     except BadInput as error:  # on Windows if another program has the file open
-        tqdm.write(f"{error}; the checkpoint has all of it, and it is tried again next time")
+        tqdm.write(f"{error}; the checkpoint has all of it, and the next one tries again")
 
 
 def check_settings(c, saved):
@@ -1536,7 +1549,7 @@ def restore(saved, run, model, optimizers):
 def read_checkpoint(run):
     """The checkpoint of a run's folder, or a checkpoint file itself, as a dict on the CPU."""
     path = Path(expand(run))
-    if path.is_dir() or path.suffix != ".pt":
+    if not path.is_file():
         path = path / "ckpt.pt"
     require(path.exists(), f"{path} is missing: name the folder of a run that has a checkpoint")
     with reading(path, "is damaged or not a checkpoint"):
@@ -1544,7 +1557,8 @@ def read_checkpoint(run):
         fields = saved["config"].keys()
     unknown = fields ^ {field.name for field in dataclasses.fields(Config)}
     names = ", ".join(sorted(unknown))
-    require(not unknown, f"{path} is of a version of t2mir.py with other settings: {names}")
+    advice = "use the commit that made it"
+    require(not unknown, f"{path} is of a t2mir.py with other settings ({names}): {advice}")
     return saved
 
 
@@ -1597,7 +1611,7 @@ def main():
     )
     flags.pop("recipe")
     resume = flags.pop("resume")
-    os.environ["MPLBACKEND"] = "agg"  # that of a notebook may not exist here
+    os.environ["MPLBACKEND"] = "agg"  # the one that a notebook sets may not exist here
     try:
         from experiments.report import report  # here, because it imports this file
     except ModuleNotFoundError as error:

@@ -1449,7 +1449,7 @@ def test_an_episode_that_ends_early_is_refused(terminates):
     """And one that ends after T steps, or goes on, is not."""
     model = tiny_model("ad")
     carts = robots(Cart(), Cart(ends=3, terminates=terminates))
-    with pytest.raises(BadInput, match="ended after 3 of 4 steps: let it go on"):
+    with pytest.raises(BadInput, match="ended after 3 of 4 steps: let a wrapper go on"):
         evaluate(model, carts, 2)
     for ends in (4, 5, 100):
         assert evaluate(model, robots(Cart(ends, terminates)), 2)["rewards"].sum() == 4
@@ -1933,6 +1933,8 @@ def test_own_data_without_a_simulator(mode, discrete, tmp_path, capsys):
     assert not {"return", "score"} & rows(run / "log.csv")[0].keys()
     with np.load(run / "result.npz") as result:
         assert (np.diff(result["amount"]) > 0).all()
+        if mode == "ad":  # finished episodes
+            assert result["amount"].tolist() == [0, 1, 2]
         said = re.search("own context: (.*)\n", capsys.readouterr().out)[1]
         printed = [float(number) for number in said.split()]
         np.testing.assert_allclose(printed, result["own"][:, 0], atol=6e-4)
@@ -3770,9 +3772,16 @@ def test_flags_may_be_0_and_1(name, tmp_path):
 
 
 def test_arrays_that_are_not_used_are_not_read(tmp_path):
-    """Objects that NumPy refuses to read do no harm, not even as the names of one's own tasks."""
+    """Objects that NumPy refuses to read do no harm, not even as the names of one's own tasks.
+
+    They are named, because the name of an array may be misspelt, or need an exercise's patch.
+    """
     words = np.array([{}, "left", None, 4], dtype=object)
-    data = reload(tmp_path, OWN, notes=words, info=words, tasks=words)
+    with pytest.warns(UserWarning, match="arrays that are not used: lengths, notes$"):
+        data = reload(tmp_path, OWN, notes=words, lengths=words, info=words, tasks=words)
+    write_folder(tmp_path / "folder", OWN | {"lengths": np.ones(3)})
+    with pytest.warns(UserWarning, match="arrays that are not used: lengths$"):
+        load(tmp_path / "folder")
     assert data.keys() - {"fingerprint", "simulator"} == OWN.keys()
 
 
@@ -3850,7 +3859,7 @@ def test_integers_that_may_be_discrete_are_not_taken_for_continuous(dtype, tmp_p
 def test_actions_in_another_unit_are_said(tmp_path):
     """An agent samples with a deviation of at least 0.05, which would drown them."""
     small = {name: OWN[name] / 100 for name in ACTIONS if name in OWN}
-    with pytest.warns(UserWarning, match="`actions` is at most.*divide by the largest action"):
+    with pytest.warns(UserWarning, match="`actions` is at most.*scale them with the bounds"):
         reload(tmp_path, OWN, **small)
 
 

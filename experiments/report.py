@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    os.environ["MPLBACKEND"] = "agg"  # that of a notebook may not exist here
+    os.environ["MPLBACKEND"] = "agg"  # the one that a notebook sets may not exist here
 
 import numpy as np
 import torch
@@ -83,7 +83,10 @@ def with_other_prompt(batch, finished):
 
 
 def losses_by_context(model, data, tasks, contexts, batches=60):
-    """The held-out loss in `tasks`: mean steps of context (n,), and (n, 1) by context; n <= 8."""
+    """The held-out loss in `tasks` by amount of context: amounts (n,), and losses (n, 1) by context.
+
+    In AD these are the finished episodes, in DPT up to eight groups of steps.
+    """
     c = model.config
     device = model.state_statistics.device
     x = t2mir.to_tensors(data, tasks)
@@ -103,14 +106,20 @@ def losses_by_context(model, data, tasks, contexts, batches=60):
                 "hidden": batch._replace(seen=torch.zeros_like(batch.seen)),
                 "other": with_other_prompt(batch, finished),
             }
-            seen.append(batch.seen.flatten())
+            amount = batch.seen
+            if c.mode == "ad":
+                of_running = (batch.query_times + c.stride - 1) // c.stride  # steps
+                amount = (batch.seen - of_running) // steps_per_episode
+            seen.append(amount.flatten())
             for name in contexts:
                 outputs, _ = model.predict(shown[name])
                 loss = model.policy.neg_log_prob(outputs, batch.targets)
                 losses[name].append(loss.reshape(batch.seen.numel(), -1).mean(1))
     seen = torch.cat(seen).cpu().numpy()
-    edges = np.quantile(seen, np.linspace(0, 1, 9)[1:-1])
-    group = np.searchsorted(edges, seen)
+    group = seen
+    if c.mode == "dpt":
+        edges = np.quantile(seen, np.linspace(0, 1, 9)[1:-1])
+        group = np.searchsorted(edges, seen)
     groups = [group == g for g in np.unique(group)]
     result = {}
     for name in contexts:
@@ -160,7 +169,10 @@ def report(run, data="", device="auto"):
         lines["random"] = (more["random_return"].mean(), ":")
     else:
         amount, result = losses_by_context(model, arrays, tasks, contexts)
-        labels = ("steps of context", "held-out loss, -log P of the actions")
+        what = "steps of context"
+        if model.config.mode == "ad":
+            what = "finished episodes"
+        labels = (what, "held-out loss, -log P of the actions (lower is better)")
         title = labels[1]
     write_atomically(
         run / "result.npz", lambda file: np.savez(file, amount=amount, step=step, **result, **more)

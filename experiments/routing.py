@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    os.environ["MPLBACKEND"] = "agg"  # that of a notebook may not exist here
+    os.environ["MPLBACKEND"] = "agg"  # the one that a notebook sets may not exist here
 
 import numpy as np
 import torch
