@@ -47,6 +47,7 @@ import re
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import pairwise
@@ -732,6 +733,7 @@ class Collection:
         self.device = torch.device(s.device)
         self.tasks = sample_tasks(s.env, num, s.seed)
         self.env = make_vec(s.env, np.repeat(self.tasks, s.copies, axis=0))
+        self.simulator = ThreadPoolExecutor(1)
         torch.manual_seed(s.seed)
         self.agents = BatchedSAC(num, family.obs_dim, family.act_dim, s)
         self.rng = torch.Generator(self.device)
@@ -776,11 +778,11 @@ class Collection:
             step = self.round * self.T + t
             self.choose_actions(step, episodes, host)
             to_simulator = actions[:, :, t].flatten(0, 1).cpu().numpy()
-            if step >= s.random_steps:
-                # The update is queued before the simulator runs, so that a GPU learns meanwhile.
+            stepping = self.simulator.submit(self.env.step, to_simulator)
+            if step >= s.random_steps:  # the agents learn while the simulator runs
                 # The actors are updated in every second step, as in TD3.
                 self.agents.update(*self.sample(step), policy=step % 2 == 0)
-            observations, reward, *_ = self.env.step(to_simulator)
+            observations, reward, *_ = stepping.result()
             states[:, :, t + 1] = self.by_task(observations)
             rewards[:, :, t] = self.by_task(reward)
 
