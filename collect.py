@@ -119,9 +119,9 @@ def check_fields(settings):
             wanted = numbers.Integral
             if kind is float:
                 wanted = numbers.Real
-            known = isinstance(value, wanted) and not isinstance(value, bool)
-            known = known and 0 <= value < math.inf
-            require(known, f"{flag} must be of type {kind.__name__}, at least 0 and finite")
+            is_number = isinstance(value, wanted) and not isinstance(value, bool)
+            fits = is_number and 0 <= value < math.inf
+            require(fits, f"{flag} must be of type {kind.__name__}, at least 0 and finite")
             setattr(settings, field.name, kind(value))
         elif kind in (bool, str):
             require(isinstance(value, kind), f"{flag} must be of type {kind.__name__}")
@@ -403,9 +403,9 @@ def check_environment(env, sizes):
 
     `sizes` is a dict of obs_dim, act_dim and `discrete`, as of a T2MIR.
     """
-    known = isinstance(env, VectorEnv)
+    is_vector = isinstance(env, VectorEnv)
     wanted = "an array of tasks or a vector environment, such as SyncVectorEnv([make_robot])"
-    require(known, f"`evaluate` takes {wanted}, not {type(env).__name__}")
+    require(is_vector, f"`evaluate` takes {wanted}, not {type(env).__name__}")
 
     twice = env.metadata.get("autoreset_mode") == AutoresetMode.SAME_STEP
     advice = "make it with autoreset_mode=AutoresetMode.NEXT_STEP, which is the default"

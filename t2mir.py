@@ -185,9 +185,9 @@ class Config:
         even = self.batch % 2 == 0 and self.batch > 2
         require(even, "--batch must be even and at least 4: it has two sequences of each task")
         env = Path(self.env)
-        known = self.env == env.name != "" and env.suffix != ".npz"
+        is_name = self.env == env.name != "" and env.suffix != ".npz"
         advice = "for the file data/robot.npz give --env robot --data data"
-        require(known, f"--env {self.env!r} must be the name of a dataset: {advice}")
+        require(is_name, f"--env {self.env!r} must be the name of a dataset: {advice}")
         inside = ".." not in Path(self.name).parts and not Path(self.name).is_absolute()
         require(inside, f"--name {self.name} must be the name of a folder inside of --runs")
         self.data = expand(self.data)
@@ -1358,10 +1358,10 @@ def start_processes(c):
     numbers = {}
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
         numbers[name] = os.environ.get(name, "")
-        known = numbers[name].isdecimal()
-        require(known, f"WORLD_SIZE is set, but {name} is {numbers[name]!r}: {advice}")
-    known = int(numbers["WORLD_SIZE"]) > 0 and os.environ.get("MASTER_ADDR")
-    require(known, f"WORLD_SIZE is 0, or MASTER_ADDR is not set: {advice}")
+        is_number = numbers[name].isdecimal()
+        require(is_number, f"WORLD_SIZE is set, but {name} is {numbers[name]!r}: {advice}")
+    complete = int(numbers["WORLD_SIZE"]) > 0 and os.environ.get("MASTER_ADDR")
+    require(complete, f"WORLD_SIZE is 0, or MASTER_ADDR is not set: {advice}")
     processes = int(numbers["WORLD_SIZE"])
     rank = int(numbers["RANK"])
     backend = "gloo"
@@ -1477,8 +1477,8 @@ def measure(model, data, tasks, x):
     `x` is made of `tasks` by `to_tensors`.
     """
     numbers = {"heldout": held_out_loss(model, x)}
-    fine = math.isfinite(numbers["heldout"])
-    require(fine, "the last update has spoiled the weights: try a smaller --lr")
+    finite = math.isfinite(numbers["heldout"])
+    require(finite, "the last update has spoiled the weights: try a smaller --lr")
     if data["simulator"]:
         history = evaluate(model, data["tasks"][tasks], model.config.eval_episodes)
         returns = history["rewards"][:, -1].sum(-1).numpy()
@@ -1599,9 +1599,9 @@ def main():
         peek.add_argument(f"--{name}", default=getattr(Flags, name))
     given, _ = peek.parse_known_args()
     if given.resume:
-        file = Path(expand(given.resume)).is_file()
-        one = given.recipe == Flags.recipe and not file
-        require(one, "--resume takes the folder of a run, and no --recipe")
+        is_file = Path(expand(given.resume)).is_file()
+        resumable = given.recipe == Flags.recipe and not is_file
+        require(resumable, "--resume takes the folder of a run, and no --recipe")
         defaults = read_checkpoint(given.resume)["config"]
     else:
         defaults = dataclasses.asdict(preset(given.env, given.mode, given.recipe))
