@@ -87,6 +87,7 @@ from collect import (
     keep_freed_memory,
     load,
     pick_device,
+    pick_dtype,
     reading,
     require,
     run_command,
@@ -1270,8 +1271,8 @@ def orthogonalise(x):
     if x.shape[1] > x.shape[2]:
         wide = x.mT
     wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    if x.is_cuda:
-        wide = wide.bfloat16()  # the result is a rough one anyway
+    dtype = pick_dtype(x.device.type)  # bfloat16 where it is fast, as the result is a rough one
+    wide = wide.to(getattr(torch, dtype))
     for _ in range(5):
         square = wide @ wide.mT
         polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
