@@ -1132,6 +1132,19 @@ def evaluation_mode(model):
         model.train(training)
 
 
+def empty_history(model, N, episodes):
+    """The arrays in which `evaluate` stores what happens."""
+    shape = (N, episodes, model.horizon)
+    history = {
+        "states": torch.zeros(*shape, model.sizes["obs_dim"], dtype=torch.float64),
+        "actions": torch.zeros(*shape, model.sizes["act_dim"]),
+        "rewards": torch.zeros(shape, dtype=torch.float64),
+    }
+    if model.policy.discrete:
+        history["actions"] = torch.zeros(shape, dtype=torch.long)
+    return history
+
+
 def evaluate(model, tasks, episodes, seed=0, context_of=own_context, use_cache=True):
     """Acts in `tasks` (N, task_dim), or in a Gymnasium vector environment with N environments.
 
@@ -1160,14 +1173,7 @@ def evaluate(model, tasks, episodes, seed=0, context_of=own_context, use_cache=T
         env = make_vec(c.env, tasks)
     check_environment(env, model.sizes)
     N = env.num_envs
-    shape = (N, episodes, T)
-    history = {
-        "states": torch.zeros(*shape, model.sizes["obs_dim"], dtype=torch.float64),
-        "actions": torch.zeros(*shape, model.sizes["act_dim"]),
-        "rewards": torch.zeros(shape, dtype=torch.float64),
-    }
-    if model.policy.discrete:
-        history["actions"] = torch.zeros(shape, dtype=torch.long)
+    history = empty_history(model, N, episodes)
     seed = int(seed)
     rng = torch.Generator(device).manual_seed(seed)
     with evaluation_mode(model):
@@ -1415,11 +1421,7 @@ def fit(c, folder, saved, rank, processes, device):
     run = new_run(c, model, data, processes)
     if saved is not None:
         restore(saved, run, model, optimizers)
-    parallel = model
-    if processes > 1:
-        parallel = nn.parallel.DistributedDataParallel(model)
-    if c.compile:
-        parallel = torch.compile(parallel, mode="reduce-overhead", dynamic=False)
+    parallel = wrapped(model, processes)
 
     recent = []  # what was logged since the last evaluation
     started = perf_counter() - run["seconds"]
@@ -1465,6 +1467,16 @@ def fit(c, folder, saved, rank, processes, device):
         if evaluating:
             recent = []
     bar.close()
+
+
+def wrapped(model, processes):
+    """The model as it is called in training: in several processes, and compiled."""
+    compiled = model.config.compile
+    if processes > 1:
+        model = nn.parallel.DistributedDataParallel(model)
+    if compiled:
+        model = torch.compile(model, mode="reduce-overhead", dynamic=False)  # with CUDA graphs
+    return model
 
 
 def mean_of(logs):
