@@ -235,8 +235,8 @@ def dataset_path(folder, name):
 def load(path):
     """Reads and checks a dataset: a file NAME.npz, or a folder NAME of .npy files.
 
-    `path` may end in .npz or not, in both cases. An array of a folder stays mapped if it has the type that is used; otherwise it is copied into
-    memory.
+    `path` may end in .npz or not, in both cases. An array of a folder stays mapped if it has the
+    type that is used; otherwise it is copied into memory.
 
     Returns a dict with the arrays that are used, their `fingerprint`, and `simulator`, which says
     whether an agent can act in the tasks. Actions are discrete if `actions` has three dimensions.

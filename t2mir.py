@@ -1320,7 +1320,7 @@ class Muon(torch.optim.Optimizer):
             matrices = [updates[p].reshape(-1, *shape) for p in of_shape]
             directions = orthogonalise(torch.cat(matrices)).split([len(m) for m in matrices])
             directions = [d.view_as(p) for d, p in zip(directions, of_shape)]
-            step_size = group["lr"] * 0.2 * max(shape) ** 0.5  # 0.2: an update of AdamW
+            step_size = group["lr"] * 0.2 * max(shape) ** 0.5  # entries of about 0.2, as AdamW's
             torch._foreach_add_(of_shape, directions, alpha=-step_size)
 
 
@@ -1362,19 +1362,19 @@ def start_processes(c):
     if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
         return 0, 1, device
     advice = "start several processes with torchrun, or unset WORLD_SIZE"
-    numbers = {}
+    values = {}
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
-        numbers[name] = os.environ.get(name, "")
-        is_number = numbers[name].isdecimal()
-        require(is_number, f"WORLD_SIZE is set, but {name} is {numbers[name]!r}: {advice}")
-    complete = int(numbers["WORLD_SIZE"]) > 0 and os.environ.get("MASTER_ADDR")
+        values[name] = os.environ.get(name, "")
+        is_number = values[name].isdecimal()
+        require(is_number, f"WORLD_SIZE is set, but {name} is {values[name]!r}: {advice}")
+    complete = int(values["WORLD_SIZE"]) > 0 and os.environ.get("MASTER_ADDR")
     require(complete, f"WORLD_SIZE is 0, or MASTER_ADDR is not set: {advice}")
-    processes = int(numbers["WORLD_SIZE"])
-    rank = int(numbers["RANK"])
+    processes = int(values["WORLD_SIZE"])
+    rank = int(values["RANK"])
     backend = "gloo"
     if "cuda" in device:
         backend = "nccl"
-        device = f"cuda:{numbers['LOCAL_RANK']}"
+        device = f"cuda:{values['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         print(f"process {rank} of {processes} waits for the others")
