@@ -6,8 +6,8 @@ All agents are trained as one batch: every network has a leading agent dimension
 computes all 250 agents (60 on MuJoCo) without a loop.
 
 A dataset is a file data/NAME.npz, or a folder data/NAME/ with one .npy file per array. Arrays of a
-folder are mapped, so they may be larger than the memory, if they have the type that is used. The arrays of N tasks, each with E
-episodes of T steps, are:
+folder are mapped, so they may be larger than the memory, if they have the type that is used. The
+arrays of N tasks, each with E episodes of T steps, are:
 
     states           (N, E, T, obs_dim)  whole episodes, in the order in which the agent experienced
                                          them
@@ -29,8 +29,8 @@ episodes of T steps, are:
                                          `load` does not read it
 
 The first four are enough for AD; DPT also needs `expert_actions`. The last four are for tasks of
-envs.py. Any type of number will do. `load` makes float32 of it, and in `states` and `rewards` float64 if
-float32 cannot hold it. Integers are kept in discrete actions.
+envs.py. Any type of number will do. `load` makes float32 of it, and in `states` and `rewards`
+float64 if float32 cannot hold it. Integers are kept in discrete actions.
 """
 
 import argparse
@@ -880,7 +880,7 @@ class Collection:
         write_atomically(path, lambda file: torch.save(content, file))
 
     def restore(self, path):
-        """Continues from the last `save`. Raises BadInput if it is damaged or its settings differ."""
+        """Continues from the last `save`. BadInput if it is damaged or its settings differ."""
         with reading(path, "is damaged, so delete it to begin again"):
             saved = torch.load(path, map_location=self.device, weights_only=True)
         require("guest" in saved, f"{path} is from an older version of collect.py: delete it")

@@ -1157,9 +1157,9 @@ def evaluate(model, tasks, episodes, seed=0, context_of=own_context, use_cache=T
     pass.
 
     Raises BadInput if observations are of another shape than in training, if actions are of another
-    shape or not in [-1, 1], if an episode ends before T steps, and if a number is not finite, before
-    the next action. Warns after an episode in which states or rewards were far from those of the
-    training.
+    shape or not in [-1, 1], if an episode ends before T steps, and if a number is not finite,
+    before the next action. Warns after an episode in which states or rewards were far from those of
+    the training.
     """
     c = model.config
     T = model.horizon
