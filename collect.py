@@ -1,9 +1,10 @@
-"""Collects learning histories with one SAC agent per task and writes them to `data/ENV.npz`.
+"""Collects the learning histories of a SAC agent in many tasks and writes them to `data/ENV.npz`.
 
     python collect.py --env point_robot
 
-All agents are trained as one batch: every network has a leading agent dimension, so one call
-computes all 250 agents (60 on MuJoCo) without a loop.
+The release trains one SAC agent for each task. Here one agent, which is told the task, learns in
+all tasks at once. That takes a fraction of the time, because what it learns in one task helps in
+the others. Its episodes in a task are this task's learning history.
 
 A dataset is a file data/NAME.npz, or a folder data/NAME/ with one .npy file per array. Arrays of a
 folder are mapped, so they may be larger than the memory, if they have the type that is used. The
@@ -20,7 +21,7 @@ arrays of N tasks, each with E episodes of T steps, are:
                                          targets of DPT
     learner_actions  as `actions`        what the agent of that moment would have done without
                                          noise: the targets of AD, where `clean_targets` is on
-    guest            (E,) bool           episodes in which the agent of a random task acted, which
+    guest            (E,) bool           episodes in which the agent acted for a random task, which
                                          is mostly another task; 0 and 1 will do
     tasks            (N, task_dim)       one row per task, see envs.py
     random_return    (N,)                mean return of uniformly random actions: score 0
@@ -477,21 +478,21 @@ class Settings:
 
     env: str = "point_robot"  # task family: a name in ENVS
     steps: int = 3_300  # environment steps of each copy, in whole episodes
-    copies: int = 4  # copies of its environment in which each agent acts
+    copies: int = 4  # copies of each task's environment in which the agent acts
     hidden: int = 64  # width of the two hidden layers of actor and critics
-    batch: int = 64  # transitions in an update of one agent; there is one update per step
-    lr: float = 1.5e-3  # Adam's learning rate, which falls to zero over the last quarter of the run
+    batch: int = 256  # transitions in an update
+    updates: int = 2  # updates after each step
+    lr: float = 2e-3  # Adam's learning rate, which falls to zero over the last quarter of the run
     gamma: float = 0.9  # discount factor
     n_step: int = 1  # rewards that are summed before the target critics value the rest
-    recency: float = 1.0  # 1 draws all stored steps equally often; more prefers recent steps
     tau: float = 0.02  # fraction by which the target critics move towards the critics per update
     temperature: float = 0.02  # weight of the policy's entropy, in units of reward
-    critic_norm: bool = True  # layer norm in the critics: more stable and slower
+    critic_norm: bool = False  # layer norm in the critics
     random_steps: int = 800  # steps with uniformly random actions before learning starts
     train_tasks: int = 200  # tasks to train in-context agents on
     test_tasks: int = 50  # tasks held out for their evaluation
     episodes: int = 400  # episodes stored per task, evenly spaced; at most those that were made
-    history: float = 0.667  # part of the run that is stored; the rest only makes better experts
+    history: float = 0.667  # part of the run that is stored; the rest only makes a better expert
     seed: int = 0  # random seed, which also draws the tasks
     device: str = "auto"  # cpu, cuda, cuda:N, or auto: cuda if there is one
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # of hidden layers
@@ -505,12 +506,12 @@ class Settings:
         if self.dtype == "auto":
             self.dtype = pick_dtype(self.device)
 
-        counts = ("steps", "copies", "hidden", "batch", "n_step", "random_steps")
+        counts = ("steps", "copies", "hidden", "batch", "updates", "n_step", "random_steps")
         counts += ("train_tasks", "test_tasks", "episodes")
         for name in counts:
             value = getattr(self, name)
             require(value >= 1, f"--{name} {value} must be at least 1")
-        for name in ("lr", "gamma", "recency", "tau", "history"):
+        for name in ("lr", "gamma", "tau", "history"):
             value = getattr(self, name)
             require(value > 0, f"--{name} {value} must be positive")
         require(self.gamma <= 0.9999, f"--gamma {self.gamma} must be at most 0.9999")
@@ -559,14 +560,14 @@ def pick_dtype(device):
     return "float32"
 
 
-# ---- Soft actor-critic for many agents at once ---------------------------------------------------
+# ---- Soft actor-critic for all tasks at once -----------------------------------------------------
 
 
 class BatchedMLP(nn.Module):
-    """`num` independent multi-layer perceptrons, computed together.
+    """`num` independent multi-layer perceptrons with the same inputs, computed together.
 
-    (num, B, sizes[0]) -> (num, B, sizes[-1]) float32. The hidden layers are computed in `dtype`.
-    `norm` is a layer norm before each ReLU, which bounds a critic's values of untried actions.
+    (B, sizes[0]) -> (num, B, sizes[-1]) float32. The hidden layers are computed in `dtype`. `norm`
+    is a layer norm before each ReLU, which bounds a critic's values of untried actions.
     """
 
     def __init__(self, num, sizes, norm=False, dtype=torch.float32):
@@ -578,71 +579,71 @@ class BatchedMLP(nn.Module):
         for fan_in, fan_out in pairwise(sizes):
             bound = fan_in**-0.5
             self.weights.append(torch.empty(num, fan_in, fan_out).uniform_(-bound, bound))
-        for fan_in, fan_out in pairwise(sizes):
-            bound = fan_in**-0.5
             self.biases.append(torch.empty(num, 1, fan_out).uniform_(-bound, bound))
 
     def forward(self, x):
-        x = x.to(self.dtype)
+        x = x.to(self.dtype).expand(len(self.weights[0]), -1, -1)
         for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
             x = torch.baddbmm(bias.to(self.dtype), x, weight.to(self.dtype))  # (num, B, hidden)
             if self.norm:
                 x = F.layer_norm(x, x.shape[-1:])
             x = F.relu_(x)
-
         weight = self.weights[-1]
-        bias = self.biases[-1]
-        if weight.shape[-1] == 1:  # a critic: a sum is faster than a product with a single column
-            products = x * weight.mT.to(self.dtype)
-            return products.sum(-1, keepdim=True, dtype=bias.dtype) + bias
-        return torch.baddbmm(bias, x.to(weight.dtype), weight)
+        return torch.baddbmm(self.biases[-1], x.to(weight.dtype), weight)
 
 
-class BatchedSAC(nn.Module):
-    """Soft actor-critic (Haarnoja et al. 2018) for `num` agents, one per task, that share nothing.
+class SAC(nn.Module):
+    """Soft actor-critic (Haarnoja et al. 2018): one agent for all tasks, which is told the task.
 
-    The losses are summed over the agents and Adam is elementwise, so each agent learns what it
-    would learn alone. The networks see normalised states. The critics predict (1 - gamma) times
-    the usual return, which has the size of one reward.
+    Actor and critics see the normalised state and the normalised row of `tasks`, (N, task_dim). The
+    critics predict (1 - gamma) times the usual return, which has the size of one reward.
     """
 
-    def __init__(self, num, obs_dim, act_dim, s):
+    def __init__(self, tasks, obs_dim, act_dim, s):
         super().__init__()
         self.s = s
         dtype = getattr(torch, s.dtype)
-        actor_sizes = (obs_dim, s.hidden, s.hidden, 2 * act_dim)
-        critic_sizes = (obs_dim + act_dim, s.hidden, s.hidden, 1)
-        self.actor = BatchedMLP(num, actor_sizes, dtype=dtype)
-        # Both critics of all agents are one batch of 2 * num networks.
-        self.critic = BatchedMLP(2 * num, critic_sizes, s.critic_norm, dtype)
-        self.target = copy.deepcopy(self.critic).requires_grad_(False)
+        seen = obs_dim + tasks.shape[1]
+        self.actor = BatchedMLP(1, (seen, s.hidden, s.hidden, 2 * act_dim), dtype=dtype)
+        sizes = (seen + act_dim, s.hidden, s.hidden, 1)
+        self.critics = BatchedMLP(2, sizes, s.critic_norm, dtype)
+        self.targets = copy.deepcopy(self.critics).requires_grad_(False)
 
+        # All numbers of a task together weigh as much as one of the state, or the networks would
+        # first have to learn to ignore the 65 of Walker2d.
+        told = (tasks - tasks.mean(0)) / (tasks.std(0) + 1e-8) / tasks.shape[1] ** 0.5
+        self.register_buffer("told", torch.tensor(told, dtype=torch.float32))
         # The sums of 1, x and x^2 over the visited states x, and what follows from them.
-        self.register_buffer("moments", torch.zeros(3, num, 1, obs_dim))
-        self.register_buffer("mean", torch.zeros(num, 1, obs_dim))
-        self.register_buffer("std", torch.ones(num, 1, obs_dim))
+        self.register_buffer("moments", torch.zeros(3, obs_dim))
+        self.register_buffer("mean", torch.zeros(obs_dim))
+        self.register_buffer("std", torch.ones(obs_dim))
 
         self.to(s.device)
         self.lr = torch.tensor(s.lr, device=s.device)  # of both optimizers; `run_round` lowers it
         self.actor_opt = torch.optim.Adam(self.actor.parameters(), lr=self.lr, fused=True)
-        self.critic_opt = torch.optim.Adam(self.critic.parameters(), lr=self.lr, fused=True)
+        self.critic_opt = torch.optim.Adam(self.critics.parameters(), lr=self.lr, fused=True)
 
     def update_normalisation(self, states):
-        """Adds visited states (num, ..., obs_dim) to the statistics that normalise the inputs."""
-        x = states.flatten(1, -2)  # (num, M, obs_dim)
-        self.moments += torch.stack([torch.ones_like(x), x, x**2]).sum(2, keepdim=True)
+        """Adds visited states (..., obs_dim) to the statistics that normalise the inputs."""
+        x = states.flatten(0, -2)
+        self.moments += torch.stack([torch.ones_like(x), x, x**2]).sum(1)
         count, total, squares = self.moments
         self.mean = total / count
         variance = squares / count - self.mean**2
         self.std = variance.clamp_min(0).sqrt() + 0.01
 
-    def act(self, states, noise=None):
-        """Actions for states (num, B, obs_dim), and their log-densities (num, B).
+    def inputs(self, states, task):
+        """What the networks see in states (..., obs_dim) of the tasks number `task`, (...)."""
+        normalised = (states - self.mean) / self.std
+        return torch.cat([normalised, self.told[task]], dim=-1)
+
+    def act(self, states, task, noise=None):
+        """Actions for states (..., obs_dim) of tasks (...), and their log-densities (...).
 
         Without `noise`, these are the mean actions and None.
         """
-        normalised = (states - self.mean) / self.std
-        mean, log_std = self.actor(normalised).chunk(2, dim=-1)
+        x = self.inputs(states, task)
+        mean, log_std = self.actor(x.flatten(0, -2)).view(*x.shape[:-1], -1).chunk(2, dim=-1)
         if noise is None:
             return torch.tanh(mean), None
         log_std = log_std.clamp(-5, 2)
@@ -652,63 +653,63 @@ class BatchedSAC(nn.Module):
         log_slope = 2 * (np.log(2) - u - F.softplus(-2 * u))
         return torch.tanh(u), (log_normal - log_slope).sum(-1)
 
-    def value(self, critic, states, actions):
-        """The values of both critics, (2, num, B).
+    def value(self, critics, states, task, actions):
+        """The values of both critics, (2, B).
 
         A value is (1 - gamma) times the discounted sum of rewards and entropy.
         """
-        normalised = (states - self.mean) / self.std
-        x = torch.cat([normalised, actions], dim=-1)  # (num, B, obs_dim + act_dim)
-        return critic(x.repeat(2, 1, 1)).view(2, len(states), -1)
+        x = torch.cat([self.inputs(states, task), actions], dim=-1)
+        return critics(x)[..., 0]
 
-    def update(self, states, actions, rewards, discounts, next_states, noise, policy=True):
-        """One step of the critics, the target critics and, if `policy`, the actors.
+    def update(self, states, task, actions, rewards, discounts, next_states, noise, policy=True):
+        """One step of the critics, the target critics and, if `policy`, the actor.
 
-        The batch is (num, B, ...). `next_states` lie n steps after `states`, `rewards` (num, B) are
-        the discounted sums over these steps, and `discounts` (num, B) are gamma^n. `noise`
-        (2, num, B, act_dim) is standard normal. No state is terminal, so there is no mask.
+        The batch is (B, ...). `next_states` lie n steps after `states`, `rewards` (B,) are the
+        discounted sums over these steps, and `discounts` (B,) are gamma^n. `noise` (2, B, act_dim)
+        is standard normal. No state is terminal, so there is no mask.
         """
         s = self.s
         entropy_weight = (1 - s.gamma) * s.temperature
         with torch.no_grad():
-            next_actions, log_prob = self.act(next_states, noise[0])
-            next_value = self.value(self.target, next_states, next_actions).amin(0)
+            next_actions, log_prob = self.act(next_states, task, noise[0])
+            next_value = self.value(self.targets, next_states, task, next_actions).amin(0)
             next_value = next_value - entropy_weight * log_prob
-            target = (1 - s.gamma) * rewards + discounts * next_value  # (num, B)
+            target = (1 - s.gamma) * rewards + discounts * next_value  # (B,)
 
-        error = self.value(self.critic, states, actions) - target  # (2, num, B)
+        error = self.value(self.critics, states, task, actions) - target  # (2, B)
         critic_loss = error.square().mean(-1).sum()
         self.critic_opt.zero_grad()
         critic_loss.backward()
         self.critic_opt.step()
 
         if policy:
-            new_actions, log_prob = self.act(states, noise[1])
-            new_value = self.value(self.critic, states, new_actions).amin(0)
-            actor_loss = (entropy_weight * log_prob - new_value).mean(-1).sum()
+            new_actions, log_prob = self.act(states, task, noise[1])
+            new_value = self.value(self.critics, states, task, new_actions).amin(0)
+            actor_loss = (entropy_weight * log_prob - new_value).mean()
             self.actor_opt.zero_grad()
             actor_loss.backward(inputs=list(self.actor.parameters()))  # not those of the critics
             self.actor_opt.step()
 
-        critics = [p.detach() for p in self.critic.parameters()]
-        torch._foreach_lerp_(list(self.target.parameters()), critics, s.tau)
+        critics = [p.detach() for p in self.critics.parameters()]
+        torch._foreach_lerp_(list(self.targets.parameters()), critics, s.tau)
 
 
 @torch.no_grad()
-def average_return(name, tasks, agents, copies, seed, device):
+def average_return(name, tasks, agent, copies, seed, device):
     """The mean return of each task over `copies` episodes, (num_tasks,).
 
-    `agents` act without noise; if it is None, the actions are uniformly random.
+    The agent acts without noise and is told the task; if it is None, actions are uniformly random.
     """
     env = make_vec(name, np.repeat(tasks, copies, axis=0))
     rng = np.random.default_rng([seed, 1])  # another stream than that of the start states
     observations, _ = env.reset(seed=seed)
+    task = torch.arange(len(tasks), device=device).repeat_interleave(copies)
     returns = 0
     for _ in range(env.horizon):
         actions = rng.uniform(-1, 1, env.action_space.shape)
-        if agents is not None:
-            states = torch.as_tensor(observations, device=device).view(len(tasks), copies, -1)
-            actions = agents.act(states)[0].cpu().numpy()
+        if agent is not None:
+            states = torch.as_tensor(observations, device=device)
+            actions = agent.act(states, task)[0].cpu().numpy()
         observations, rewards, *_ = env.step(actions)
         returns = returns + rewards
     env.close()
@@ -719,10 +720,10 @@ def average_return(name, tasks, agents, copies, seed, device):
 
 
 class Collection:
-    """All agents of one family, their environments and their histories.
+    """The agent of one family, the environments of all tasks and their histories.
 
     In each round every copy of an environment runs one episode of T steps. Copy c of round r is
-    episode r * copies + c of the history, which is also the replay buffer of its agent.
+    episode r * copies + c of the task's history. All histories together are the replay buffer.
     """
 
     def __init__(self, s, num):
@@ -735,7 +736,7 @@ class Collection:
         self.env = make_vec(s.env, np.repeat(self.tasks, s.copies, axis=0))
         self.simulator = ThreadPoolExecutor(1)
         torch.manual_seed(s.seed)
-        self.agents = BatchedSAC(num, family.obs_dim, family.act_dim, s)
+        self.agent = SAC(self.tasks, family.obs_dim, family.act_dim, s)
         self.rng = torch.Generator(self.device)
         self.draw = {"device": self.device, "generator": self.rng}  # for torch's random functions
         self.rounds = s.steps // self.T
@@ -755,13 +756,13 @@ class Collection:
         }
 
     def run_round(self):
-        """Runs T steps of every copy and, after the random steps, updates all agents in each step.
+        """Runs T steps of every copy and, after the random steps, updates the agent in each step.
 
         Returns the returns of the first copies, (num,).
         """
         s = self.s
         remaining = 1 - self.round / self.rounds
-        self.agents.lr.fill_(s.lr * min(1, 4 * remaining))
+        self.agent.lr.fill_(s.lr * min(1, 4 * remaining))
         seed = s.seed * 2**20 + self.round  # a seed per round makes a resumed collection exact
         self.rng.manual_seed(seed)
         observations, _ = self.env.reset(seed=seed)
@@ -772,21 +773,22 @@ class Collection:
         actions = self.actions[:, episodes]
         rewards = self.rewards[:, episodes]
         states[:, :, 0] = self.by_task(observations)
-        host = self.draw_hosts()
+        told = self.draw_told()
 
         for t in range(self.T):
             step = self.round * self.T + t
-            self.choose_actions(step, episodes, host)
+            self.choose_actions(step, episodes, told)
             to_simulator = actions[:, :, t].flatten(0, 1).cpu().numpy()
             stepping = self.simulator.submit(self.env.step, to_simulator)
-            if step >= s.random_steps:  # the agents learn while the simulator runs
-                # The actors are updated in every second step, as in TD3.
-                self.agents.update(*self.sample(step), policy=step % 2 == 0)
+            if step >= s.random_steps:  # the agent learns while the simulator runs
+                for i in range(step * s.updates, (step + 1) * s.updates):
+                    # The actor changes in every second update, as in TD3.
+                    self.agent.update(*self.sample(step), policy=i % 2 == 0)
             observations, reward, *_ = stepping.result()
             states[:, :, t + 1] = self.by_task(observations)
             rewards[:, :, t] = self.by_task(reward)
 
-        self.agents.update_normalisation(states[:, :, :-1])
+        self.agent.update_normalisation(states[:, :, :-1])
         self.round += 1
         finite = all(x.isfinite().all() for x in (states, actions, rewards))
         what = "states, actions or rewards became non-finite"
@@ -797,31 +799,33 @@ class Collection:
         """What the batched environment returns, (num * copies, ...) -> (num, copies, ...)"""
         return torch.as_tensor(x, device=self.device).unflatten(0, (self.num, self.s.copies))
 
-    def draw_hosts(self):
-        """Draws where each agent acts in this round: agent a acts in copy c of task host[a, c].
+    def draw_told(self):
+        """Draws which task the agent is told in each copy of this round, (num, copies).
 
-        In the last of several copies a guest acts: the agent of a random task of the same split. A
-        slow cheetah never runs by itself, so only a guest can show it how to slow down.
+        It is the copy's own task, but in the last of several copies another one of the same split:
+        there the agent acts as a guest. An agent that is told a fast run shows in a slow task what
+        it is like to be too fast.
         """
         s = self.s
-        host = torch.arange(self.num, device=self.device)[:, None].repeat(1, s.copies)
+        told = torch.arange(self.num, device=self.device)[:, None].repeat(1, s.copies)
         if s.copies > 1:
             train = min(self.num, s.train_tasks)
-            host[:train, -1] = torch.randperm(train, **self.draw)
-            host[train:, -1] = torch.randperm(self.num - train, **self.draw) + train
+            told[:train, -1] = torch.randperm(train, **self.draw)
+            told[train:, -1] = torch.randperm(self.num - train, **self.draw) + train
             # In an episode whose actions are all random no agent acts, so there is no guest.
-            agents_act = (self.round + 1) * self.T > s.random_steps
-            self.guest[(self.round + 1) * s.copies - 1] = agents_act
-        return host
+            agent_acts = (self.round + 1) * self.T > s.random_steps
+            self.guest[(self.round + 1) * s.copies - 1] = agent_acts
+        return told
 
     @torch.no_grad()
-    def choose_actions(self, step, episodes, host):
-        """Stores the actions of one step in `episodes`, and what each task's own agent would do."""
+    def choose_actions(self, step, episodes, told):
+        """Stores the actions of one step in `episodes`, and the agent's without noise."""
         s = self.s
         t = step % self.T
         states = self.states[:, episodes]
         actions = self.actions[:, episodes]  # (num, copies, T, act_dim)
-        self.learner_actions[:, episodes, t] = self.agents.act(states[:, :, t])[0]
+        task = torch.arange(self.num, device=self.device)[:, None].expand(-1, s.copies)
+        self.learner_actions[:, episodes, t] = self.agent.act(states[:, :, t], task)[0]
         copies = torch.arange(s.copies, device=self.device)
         if step < s.random_steps:
             # Copy c repeats each random action for 2^c steps, which leads farther.
@@ -832,37 +836,33 @@ class Collection:
             # The first of three or more copies acts without noise.
             noisy = (copies[:, None] > 0) | (s.copies < 3)
             noise = torch.randn(*actions[:, :, t].shape, **self.draw)
-            actions[host, copies, t] = self.agents.act(states[host, copies, t], noise * noisy)[0]
+            actions[:, :, t] = self.agent.act(states[:, :, t], told, noise * noisy)[0]
 
     def sample(self, step):
-        """Draws a batch for `update` from what is stored of each agent's own task before `step`.
+        """Draws a batch for `update` from what is stored of all tasks before `step`.
 
-        The age of a drawn step, as a fraction of the run so far, is U^recency with U uniform in
-        (0, 1] (after Wang & Ross 2019). The step is followed for `n_step` steps, or until its
-        episode ends, so that values travel n times as fast (Watkins 1989). The rewards on the way
-        are those of the actions taken, and only one entropy term in n is counted.
+        A drawn step is followed for `n_step` steps, or until its episode or the storage ends, so
+        that values travel n times as fast (Watkins 1989). The rewards on the way are those of the
+        actions taken, and only one entropy term in n is counted.
         """
         s = self.s
-        shape = (self.num, s.batch)
-        uniform = step - torch.randint(step, shape, **self.draw)  # from 1 to `step`
+        shape = (s.batch,)
+        task = torch.randint(self.num, shape, **self.draw)
+        when = torch.randint(step, shape, **self.draw)
         which_copy = torch.randint(s.copies, shape, **self.draw)
         noise = torch.randn(2, *shape, self.actions.shape[-1], **self.draw)
+        episode = when // self.T * s.copies + which_copy
+        t = when % self.T
 
-        age = (step * (uniform / step) ** s.recency).round().long().clamp(min=1)
-        task = torch.arange(self.num, device=self.device)[:, None]
-        episode = (step - age) // self.T * s.copies + which_copy
-        t = (step - age) % self.T
-
-        # Followed for n steps, (num, B): up to the newest step or the end of the episode.
-        n = torch.minimum(age, self.T - t).clamp(max=s.n_step)
-        k = torch.arange(s.n_step, device=self.device)[:, None, None]
-        ahead = self.rewards[task, episode, (t + k).clamp(max=self.T - 1)]  # (n_step, num, B)
+        n = torch.minimum(step - when, self.T - t).clamp(max=s.n_step)  # (B,)
+        k = torch.arange(s.n_step, device=self.device)[:, None]
+        ahead = self.rewards[task, episode, (t + k).clamp(max=self.T - 1)]  # (n_step, B)
         rewards = (ahead * s.gamma**k * (k < n)).sum(0)
 
         states = self.states[task, episode, t]
         actions = self.actions[task, episode, t]
         next_states = self.states[task, episode, t + n]
-        return states, actions, rewards, s.gamma**n, next_states, noise
+        return states, task, actions, rewards, s.gamma**n, next_states, noise
 
     def save(self, path):
         """Saves all that `restore` needs."""
@@ -870,9 +870,9 @@ class Collection:
         content = {
             "settings": dataclasses.asdict(self.s),
             "round": self.round,
-            "agents": self.agents.state_dict(),
-            "actor_opt": self.agents.actor_opt.state_dict(),
-            "critic_opt": self.agents.critic_opt.state_dict(),
+            "agent": self.agent.state_dict(),
+            "actor_opt": self.agent.actor_opt.state_dict(),
+            "critic_opt": self.agent.critic_opt.state_dict(),
             # A view would be saved with all that it is a view of.
             "history": {name: x[:, :episodes].clone() for name, x in self.history.items()},
             "guest": self.guest[:episodes].clone(),
@@ -883,7 +883,7 @@ class Collection:
         """Continues from the last `save`. BadInput if it is damaged or its settings differ."""
         with reading(path, "is damaged, so delete it to begin again"):
             saved = torch.load(path, map_location=self.device, weights_only=True)
-        require("guest" in saved, f"{path} is from an older version of collect.py: delete it")
+        require("agent" in saved, f"{path} is from an older version of collect.py: delete it")
         # These may differ. Another device draws other random numbers.
         free = ("episodes", "history", "device", "out")
         different = []
@@ -896,17 +896,17 @@ class Collection:
         for name, part in saved["history"].items():
             self.history[name][:, : part.shape[1]] = part
         self.guest[: len(saved["guest"])] = saved["guest"]
-        self.agents.load_state_dict(saved["agents"])
+        self.agent.load_state_dict(saved["agent"])
         for name in ("actor_opt", "critic_opt"):
-            optimizer = getattr(self.agents, name)
+            optimizer = getattr(self.agent, name)
             optimizer.load_state_dict(saved[name])
             # `load_state_dict` has put a copy in the place of the shared learning rate.
-            optimizer.param_groups[0]["lr"] = self.agents.lr
+            optimizer.param_groups[0]["lr"] = self.agent.lr
         self.round = saved["round"]
 
 
 def collect(name, **settings):
-    """Trains one SAC agent per task of family `name`, writes the dataset and returns its path.
+    """Trains a SAC agent in tasks of family `name`, writes the dataset and returns its path.
 
     `settings` are fields of Settings. An interrupted collection continues from its last save.
     Raises BadInput if the settings make no sense, the dataset exists, another process collects it,
@@ -955,7 +955,7 @@ def has_score(random_return, expert_return):
 def keep_freed_memory():
     """Makes glibc keep large freed blocks, for the whole process.
 
-    Otherwise the page faults of new tensors would cost a quarter of an update of 60 agents.
+    Otherwise the page faults of new tensors would cost a part of each update.
     """
     if sys.platform != "linux":
         return
@@ -1004,7 +1004,10 @@ def select(run):
 
     states = run.states[:, stored, : run.T]  # (N, E, T, obs_dim)
     actions = run.actions[:, stored]
-    expert_actions = run.agents.act(states.flatten(1, 2))[0].view(actions.shape)
+    expert_actions = torch.empty_like(actions)
+    for i in range(run.num):  # one task at a time, to save memory
+        task = torch.tensor(i, device=run.device).expand(states[i].shape[:-1])
+        expert_actions[i] = run.agent.act(states[i], task)[0]
     versions = {name: version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
     info = {"settings": dataclasses.asdict(s), "versions": versions}
     return {
@@ -1018,7 +1021,7 @@ def select(run):
         "guest": run.guest[stored].numpy(),
         "info": json.dumps(info),
         "random_return": average_return(s.env, run.tasks, None, 20, s.seed + 1, run.device),
-        "expert_return": average_return(s.env, run.tasks, run.agents, 20, s.seed + 1, run.device),
+        "expert_return": average_return(s.env, run.tasks, run.agent, 20, s.seed + 1, run.device),
     }
 
 

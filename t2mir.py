@@ -32,9 +32,10 @@ Decision-Pretrained Transformer (DPT). The context is a prompt: K episodes of an
 
     s a r s a r s a r s a r | q1 q2 q3                  Each query is a state of another episode,
     -----------               ^                         and predicts the action of the expert, which
-    -----------------------      ^                      is the task's own trained agent. q1 sees two
-                                    ^                   steps of the prompt and itself, q2 sees the
-                                                        whole prompt and itself, q3 only itself.
+    -----------------------      ^                      is a trained agent that is told the task. q1
+                                    ^                   sees two steps of the prompt and itself,
+                                                        q2 the whole prompt and itself, q3 only
+                                                        itself.
 
 This file changes both algorithms. The changes that matter have a switch each, marked "change" in
 `Config`, and `--recipe paper` takes these back.
@@ -116,7 +117,7 @@ class Config:
     late_episode: bool = True  # change, AD: only actions of a late running episode are predicted
     worse_episodes: bool = True  # change, AD: the finished episodes are mostly bad ones
     clean_targets: bool = True  # change, AD: the targets are the learner's actions without noise
-    guests: bool = True  # change, AD: in some episodes the learner of another task acts, as a guest
+    guests: bool = True  # change, AD: in some episodes the learner acts for another task
     remember_best: bool = True  # change, acting: an agent remembers its best episodes
     grow_prompt: bool = True  # change, DPT acting: in the first episode the prompt is its own steps
     policy: Literal["gaussian", "squared"] = "gaussian"  # change: not a squared error
@@ -950,7 +951,8 @@ def ad_batch(c, x, step, size):
 
     Changed:
     - `late_episode`: only actions of the running episode are predicted, and it is a late one;
-    - `guests`: in half of the running episodes another task's learner acts, see `late_episodes`;
+    - `guests`: in half of the running episodes the learner acts for another task, see
+      `late_episodes`;
     - `worse_episodes`: the finished episodes are mostly bad ones;
     - `clean_targets`: the targets are the learner's actions without the noise by which it explores,
       which nobody can predict. They are `learner_actions`, if the dataset has them. Without guests,
@@ -1009,10 +1011,11 @@ def late_episodes(c, x, size):
     """A running episode of each sequence, (B, 1): one of the last min(40, E / 4).
 
     What is imitated there is good. But the actions of a good learner give its goal away, and the
-    model could copy them without a look at the rewards. So in half of these episodes a guest acts
-    in the task, the learner of another one (`guests`): its actions mislead, only the rewards tell
-    the task. The target is still what the task's own learner would do in that state. AD scores 0.88
-    in episode 10, without guests 0.81, and 0.25 if all actions of any episodes are predicted.
+    model could copy them without a look at the rewards. So in half of these episodes the learner
+    acts as a guest, as it would in another task (`guests`): its actions mislead, only the rewards
+    tell the task. The target is still what the learner would do for this task in that state. AD
+    scores 0.88 in episode 10, without guests 0.81, and 0.25 if all actions of any episodes are
+    predicted.
     """
     E = len(x["guest"])
     late = torch.arange(E) >= E - max(1, min(E // 4, 40))

@@ -1,9 +1,9 @@
-"""How much is there to gain from inferring the task? One clone of all experts, with and without it.
+"""How much is there to gain from inferring the task? A clone of the expert, with and without it.
 
     python experiments/clone_experts.py data/cheetah_vel.npz --steps 2000
     python experiments/clone_experts.py data/walker_param.npz --steps 4000
 
-A network is fitted by least squares to the experts' actions in all training tasks, and then acts in
+A network is fitted by least squares to the expert's actions in all training tasks, and then acts in
 20 episodes of each task. It sees the state alone, or it is told the task as well. If both earn the
 same, there is nothing to infer. The difference is an estimate and not a bound.
 """
@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from collect import BatchedMLP, average_return, has_score, load, require, run_command
+from collect import average_return, has_score, load, require, run_command
 
 
 class Clone(nn.Module):
@@ -29,25 +29,28 @@ class Clone(nn.Module):
         self.mean = states.mean((0, 1))
         self.std = states.std((0, 1)) + 0.01
         self.told = told
-        self.net = BatchedMLP(1, (states.shape[-1] + told.shape[1], 256, 256, act_dim))
+        self.net = nn.Sequential(
+            nn.Linear(states.shape[-1] + told.shape[1], 256),
+            nn.ReLU(),
+            nn.Linear(256, 256),
+            nn.ReLU(),
+            nn.Linear(256, act_dim),
+        )
 
-    def act(self, states):
-        """Actions for states (N, M, obs_dim), and None, as `BatchedSAC.act` without noise."""
-        num, M, _ = states.shape
-        told = self.told[:num, None].expand(num, M, -1)
-        x = torch.cat([(states - self.mean) / self.std, told], dim=-1)
-        actions = self.net(x.flatten(0, 1)[None])
-        return torch.tanh(actions).view(num, M, -1), None
+    def act(self, states, task):
+        """Actions for states (..., obs_dim) of tasks (...), and None, as `SAC.act` without noise."""
+        x = torch.cat([(states - self.mean) / self.std, self.told[task]], dim=-1)
+        return torch.tanh(self.net(x)), None
 
 
 def fit(clone, states, labels, steps):
     """Fits a clone to the labels (N, M, act_dim) of states (N, M, obs_dim)."""
     optimizer = torch.optim.Adam(clone.parameters(), lr=1e-3, fused=True)
-    task = torch.arange(len(states))[:, None]
+    task = torch.arange(len(states))[:, None].expand(-1, 128)
     for step in trange(steps, desc="clone", disable=None):
         optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
         pick = torch.randint(states.shape[1], (len(states), 128))
-        actions, _ = clone.act(states[task, pick])
+        actions, _ = clone.act(states[task, pick], task)
         loss = (actions - labels[task, pick]).square().mean()
         optimizer.zero_grad()
         loss.backward()
