@@ -39,7 +39,7 @@ class TaskVec(VectorEnv):
     A child may also set two dictionaries, which say where its defaults differ from the general
     ones. The general defaults of `collecting` suit episodes of 20 steps.
 
-        collecting   fields of collect.Settings: {"steps": 24_000}
+        collecting   fields of collect.Settings: {"steps": 4_000}
         training     fields of t2mir.Config for both modes: {"ad": {"stride": 8}, "dpt": {}}
 
     After a change of a child, delete data/NAME.npz and data/NAME.part.
@@ -170,7 +170,6 @@ class MujocoVec(TaskVec):
         "updates": 4,
         "lr": 1e-3,
         "gamma": 0.98,
-        "tau": 0.05,
         "random_steps": 400,
         "train_tasks": 45,
         "test_tasks": 15,
@@ -179,7 +178,7 @@ class MujocoVec(TaskVec):
     }
     both_modes: ClassVar = {"d_model": 128, "lr": 4e-3, "stride": 8, "sample": "first"}
     training: ClassVar = {
-        "ad": {**both_modes, "steps": 3_000, "eval_every": 1_000},
+        "ad": {**both_modes, "steps": 1_500, "eval_every": 500},
         "dpt": {**both_modes, "steps": 600, "eval_every": 200, "n_layers": 4},
     }
 
@@ -265,7 +264,7 @@ class CheetahVel(MujocoVec):
     horizon = 200
     xml = "half_cheetah.xml"
     frame_skip = 5
-    collecting = MujocoVec.collecting | {"temperature": 0.05}
+    collecting = MujocoVec.collecting | {"tau": 0.05, "temperature": 0.05}
 
     @staticmethod
     def draw_tasks(rng, num_tasks):
