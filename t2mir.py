@@ -142,7 +142,7 @@ class Config:
 
     context: int = 1  # data: episodes in a context (K)
     queries: int = 40  # data: queries after a context (Q), AD: at most T; published AD has K T
-    steps: int = 2_500  # training: steps
+    steps: int = 2_000  # training: steps
     batch: int = 32  # training: sequences in a batch (B), two of each task
     lr: float = 5e-3  # training: peak learning rate
     warmup: int = 100  # training: steps of linear warm-up, followed by a cosine to zero
