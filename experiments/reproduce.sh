@@ -3,9 +3,10 @@
 #
 #     sh experiments/reproduce.sh defaults
 #
-# The times are minutes of one core of an AMD EPYC; two names at once use two cores. The data comes first: Point-Robot's
-# takes 2 minutes, HalfCheetah's 16, Walker2d's 54, Point-Robot's with 1,000 tasks 12 on two cores. Tables are printed
-# and written to figures/; a comparison adds a row to figures/pairs.csv. Runs that have ended are not repeated.
+# The times are minutes of one core of an AMD EPYC; two names at once use two cores. The data comes first, in less than
+# 15 minutes. Tables are printed and written to figures/; a comparison adds a row to figures/pairs.csv. Runs that have
+# ended are not repeated. Where RESULTS.md names an older commit, check that one out: its data were collected in another
+# way, and these names do the same with today's data.
 set -e
 cd "$(dirname "$0")/.."
 data() { [ -f "data/$1.npz" ] || python collect.py --env "$1"; }
@@ -61,12 +62,12 @@ ad="--mode ad --steps 3000 --lr 8e-3"
 case "$1" in
 pairs) # 35 minutes
     data point_robot
-    pairs "DPT, 2,500 steps: 200 tasks" point_robot-dpt "0 1 2 3 4" 400 ;;
+    pairs "DPT, 2,500 steps: 200 tasks" point_robot-dpt-2500 "0 1 2 3 4" 400 --steps 2500 ;;
 tasks) # 84 minutes
     data45
     pairs "DPT, 45 tasks: 1,000 steps" point_robot45-1000 "0 1 2 3 4" 400 --data data45 --steps 1000
-    pairs "DPT, 2,500 steps: 45 tasks" point_robot45 "0 1 2 3 4" 400 --data data45
-    pairs "DPT, 2,500 steps: 1,000 tasks" point_robot1000 "0 1 2 3 4" 400 --data data1000 ;;
+    pairs "DPT, 2,500 steps: 45 tasks" point_robot45 "0 1 2 3 4" 400 --data data45 --steps 2500
+    pairs "DPT, 2,500 steps: 1,000 tasks" point_robot1000 "0 1 2 3 4" 400 --data data1000 --steps 2500 ;;
 steps) # 215 minutes
     data1000
     pairs "DPT, 1,000 tasks: 500 steps" point_robot1000-500 "0 1 2 3 4" 400 --data data1000 --steps 500
@@ -77,7 +78,8 @@ steps) # 215 minutes
     pairs "DPT, 1,000 tasks: 50,000 steps" point_robot1000-50000 "0" 400 $flags ;;
 width) # 19 minutes
     data1000
-    pairs "DPT, 1,000 tasks: 2,500 steps, width 16" point_robot1000-d16 "0 1 2 3 4" 400 --data data1000 --d-model 16 ;;
+    flags="--data data1000 --steps 2500 --d-model 16"
+    pairs "DPT, 1,000 tasks: 2,500 steps, width 16" point_robot1000-d16 "0 1 2 3 4" 400 $flags ;;
 paper) # 640 minutes: the paper's sizes and length
     data45
     flags="--d-model 128 --n-heads 8 --dropout 0.05 --lr 3e-4 --warmup 10000 --steps 100000 --eval-every 5000"
@@ -113,14 +115,14 @@ experts) # 63 minutes after `steps` and `tasks`
         set -- $n
         experts="--token-experts $1 --task-experts $2"
         against "$other, 1,000 tasks: $1 and $2" point_robot1000-short "experts$1" "0 1 2 3 4" $short $experts
-        against "$other, 45 tasks: $1 and $2" point_robot45 "experts$1" "0 1 2" --data data45 $experts
+        against "$other, 45 tasks: $1 and $2" point_robot45 "experts$1" "0 1 2" --data data45 --steps 2500 $experts
     done ;;
 quality) # 43 minutes
     for half in early late mixed; do
         half "$half"
         pairs "DPT, 1,000 steps: $half half" "point_robot-$half" "0 1 2" 400 --data "data_$half" --steps 1000
     done
-    pairs "DPT, 2,500 steps: early half" point_robot-early-2500 "0 1 2" 400 --data data_early ;;
+    pairs "DPT, 2,500 steps: early half" point_robot-early-2500 "0 1 2" 400 --data data_early --steps 2500 ;;
 ad-quality) # 70 minutes after `quality`
     for half in early late; do
         half "$half"
@@ -134,7 +136,7 @@ changes) # 90 minutes: each change of AD and DPT taken away, and the published f
         set -- $variant
         name=changes-dpt-$1
         shift
-        run "$name" --eval-every 2500 "$@"
+        run "$name" --steps 2500 --eval-every 2500 "$@"
     done
     for variant in "ours" "noguests --no-guests" "noworse --no-worse-episodes" "nolate --no-late-episode" \
         "noclean --no-clean-targets --no-guests" "paper --recipe paper --lr 3e-3"; do
