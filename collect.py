@@ -485,6 +485,7 @@ class Settings:
     lr: float = 2e-3  # Adam's learning rate, which falls to zero over the last quarter of the run
     gamma: float = 0.9  # discount factor
     n_step: int = 1  # rewards that are summed before the target critics value the rest
+    recency: float = 1.0  # 1 draws all stored steps equally often; more prefers recent steps
     tau: float = 0.02  # fraction by which the target critics move towards the critics per update
     temperature: float = 0.02  # weight of the policy's entropy, in units of reward
     critic_norm: bool = False  # layer norm in the critics
@@ -511,7 +512,7 @@ class Settings:
         for name in counts:
             value = getattr(self, name)
             require(value >= 1, f"--{name} {value} must be at least 1")
-        for name in ("lr", "gamma", "tau", "history"):
+        for name in ("lr", "gamma", "recency", "tau", "history"):
             value = getattr(self, name)
             require(value > 0, f"--{name} {value} must be positive")
         require(self.gamma <= 0.9999, f"--gamma {self.gamma} must be at most 0.9999")
@@ -841,20 +842,22 @@ class Collection:
     def sample(self, step):
         """Draws a batch for `update` from what is stored of all tasks before `step`.
 
-        A drawn step is followed for `n_step` steps, or until its episode or the storage ends, so
-        that values travel n times as fast (Watkins 1989). The rewards on the way are those of the
-        actions taken, and only one entropy term in n is counted.
+        The age of a drawn step, as a fraction of the run so far, is U^recency with U uniform in
+        (0, 1] (after Wang & Ross 2019). The step is followed for `n_step` steps, or until its
+        episode ends, so that values travel n times as fast (Watkins 1989). The rewards on the way
+        are those of the actions taken, and only one entropy term in n is counted.
         """
         s = self.s
         shape = (s.batch,)
         task = torch.randint(self.num, shape, **self.draw)
-        when = torch.randint(step, shape, **self.draw)
+        uniform = step - torch.randint(step, shape, **self.draw)  # from 1 to `step`
         which_copy = torch.randint(s.copies, shape, **self.draw)
         noise = torch.randn(2, *shape, self.actions.shape[-1], **self.draw)
-        episode = when // self.T * s.copies + which_copy
-        t = when % self.T
+        age = (step * (uniform / step) ** s.recency).round().long().clamp(min=1)
+        episode = (step - age) // self.T * s.copies + which_copy
+        t = (step - age) % self.T
 
-        n = torch.minimum(step - when, self.T - t).clamp(max=s.n_step)  # (B,)
+        n = torch.minimum(age, self.T - t).clamp(max=s.n_step)  # (B,)
         k = torch.arange(s.n_step, device=self.device)[:, None]
         ahead = self.rewards[task, episode, (t + k).clamp(max=self.T - 1)]  # (n_step, B)
         rewards = (ahead * s.gamma**k * (k < n)).sum(0)

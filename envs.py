@@ -304,8 +304,11 @@ class WalkerParam(MujocoVec):
     fields = ("body_mass", "body_inertia", "geom_friction", "dof_damping")
     collecting = MujocoVec.collecting | {
         "steps": 12_000,
+        "train_tasks": 105,  # more bodies instead of more copies: a few bodies are overfitted
+        "copies": 2,
         "temperature": 0.2,
         "n_step": 3,
+        "recency": 4.0,
         "critic_norm": True,
     }
 

@@ -878,9 +878,7 @@ def open_dataset(c, may_collect=False):
     """
     path = dataset_path(c.data, c.env)
     if may_collect and c.env in ENVS and not path.exists():
-        print(
-            f"{path} is missing. It is collected first: minutes for point_robot, longer for others"
-        )
+        print(f"{path} is missing. It is collected first, which takes half a minute to minutes")
         collect(c.env, out=c.data)
     data = load(path)
     test = data["test"]

@@ -3394,6 +3394,18 @@ def test_updates_draw_stored_steps_of_all_tasks(n):
     assert noise.shape == (2, 6000, 2)
 
 
+@pytest.mark.parametrize("recency", [1.0, 4.0])
+def test_ages_of_draws_follow_the_recency(recency):
+    """An age is below a fraction x of the run so far with probability x^(1 / recency)."""
+    run = numbered_run(1, steps=8000, copies=1, batch=20_000, random_steps=1, recency=recency)
+    number = run.sample(7990)[0][:, 0]
+    step = number // 21 * 20 + number % 21
+    age = (7990 - step) / 7990
+    assert age.min() > 0 and age.max() <= 1
+    for x in (0.001, 0.01, 0.1, 0.3, 0.6, 0.9):
+        near((age <= x).float().mean(), torch.tensor(x ** (1 / recency)), 0.015)
+
+
 def test_the_agent_learns_as_often_as_the_settings_say(monkeypatch):
     """`updates` times after each step that is not random; in every second one the actor learns."""
     run = tiny_run(2, steps=40, random_steps=27, copies=1, batch=4, updates=3)
@@ -3462,6 +3474,7 @@ def test_what_a_family_changes_are_fields():
         {"lr": math.nan},
         {"lr": -1},
         {"lr": math.inf},
+        {"recency": 0},
         {"gamma": 1},
         {"gamma": 1.5},
         {"tau": 2},
