@@ -145,13 +145,22 @@ changes) # 90 minutes: each change of AD and DPT taken away, and the published f
         shift
         run "$name" $ad --eval-every 3000 --eval-episodes 30 "$@"
     done ;;
-defaults) # 2 minutes after `pairs`, `ad`, `cheetah` and `walker`
-    agents="point_robot-dpt point_robot-ad cheetah_vel-dpt cheetah_vel-ad walker_param-dpt walker_param-ad"
-    python experiments/figures.py $(for a in $agents; do runs $a "0 1 2" && runs $a-dense "0 1 2"; done) --out figures
+defaults) # 85 minutes: the default agents and their dense baselines, but for AD on Point-Robot (`ad`)
+    agents=""
+    for agent in point_robot-dpt cheetah_vel-dpt cheetah_vel-ad walker_param-dpt; do
+        env=${agent%-*} mode=${agent#*-}
+        data "$env"
+        for s in 0 1 2; do
+            run "$agent-seed$s" --env "$env" --mode "$mode" --seed "$s"
+            run "$agent-dense-seed$s" --env "$env" --mode "$mode" --seed "$s" --no-token-moe --no-task-moe
+        done
+        agents="$agents $(runs "$agent" "0 1 2") $(runs "$agent-dense" "0 1 2")"
+    done
+    python experiments/figures.py $agents --out figures
     for env in point_robot cheetah_vel walker_param; do python experiments/watch.py "runs/$env-dpt-seed0"; done ;;
-gradients) # 2 minutes after `pairs` and `ad`
+gradients) # 2 minutes after `defaults` and `ad`
     python experiments/gradients.py $(for a in dpt dpt-dense ad ad-dense; do runs point_robot-$a "0 1 2"; done) ;;
-routing) # 11 minutes after `pairs`, `ad` and `cheetah`
+routing) # 11 minutes after `defaults` and `ad`
     run cheetah_vel-dpt-all-seed0 --env cheetah_vel --moe-layers 0 1 2 3
     for agent in point_robot-dpt point_robot-ad cheetah_vel-dpt cheetah_vel-dpt-all; do
         python experiments/routing.py runs/$agent-seed0
