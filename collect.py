@@ -2,9 +2,9 @@
 
     python collect.py --env point_robot
 
-The release trains one SAC agent for each task. Here one agent, which is told the task, learns in
-all tasks at once. That takes a fraction of the time, because what it learns in one task helps in
-the others. Its episodes in a task are this task's learning history.
+The authors' code trains one SAC agent for each task. Here one agent, which is told the task, learns
+in all tasks at once, the held-out ones among them. That takes a fraction of the time, because what
+it learns in one task helps in the others. Its episodes in a task are this task's learning history.
 
 A dataset is a file data/NAME.npz, or a folder data/NAME/ with one .npy file per array. Arrays of a
 folder are mapped, so they may be larger than the memory, if they have the type that is used. The
@@ -19,10 +19,12 @@ arrays of N tasks, each with E episodes of T steps, are:
                                          tasks, but not all; 0 and 1 will do
     expert_actions   as `actions`        what the trained agent does in `states`, without noise: the
                                          targets of DPT
-    learner_actions  as `actions`        what the agent of that moment would have done without
-                                         noise: the targets of AD, where `clean_targets` is on
-    guest            (E,) bool           episodes in which the agent acted for a random task, which
-                                         is mostly another task; 0 and 1 will do
+    learner_actions  as `actions`        what the agent of that moment, told this task, would have
+                                         done without noise: the targets of AD, where
+                                         `clean_targets` is on
+    guest            (E,) bool           episodes in which the agent was a guest, which means that
+                                         it was told a random task, mostly not this one; 0 and 1
+                                         will do
     tasks            (N, task_dim)       one row per task, see envs.py
     random_return    (N,)                mean return of uniformly random actions: score 0
     expert_return    (N,)                mean return of the trained agent without noise: score 1
@@ -611,11 +613,15 @@ class SAC(nn.Module):
         self.targets = copy.deepcopy(self.critics).requires_grad_(False)
 
         # All numbers of a task together weigh as much as one of the state, or the networks would
-        # first have to learn to ignore the 65 of Walker2d.
-        told = (tasks - tasks.mean(0)) / (tasks.std(0) + 1e-8) / tasks.shape[1] ** 0.5
+        # first have to learn to ignore the 65 of Walker2d. A number that is the same in all tasks
+        # becomes 0.
+        std = tasks.std(0)
+        varies = std > 1e-9 * abs(tasks).max(0)
+        told = (tasks - tasks.mean(0)) / np.where(varies, std, np.inf)
+        told = told / max(1, varies.sum()) ** 0.5
         self.register_buffer("told", torch.tensor(told, dtype=torch.float32))
         # The sums of 1, x and x^2 over the visited states x, and what follows from them.
-        self.register_buffer("moments", torch.zeros(3, obs_dim))
+        self.register_buffer("moments", torch.zeros(3, obs_dim, dtype=torch.float64))
         self.register_buffer("mean", torch.zeros(obs_dim))
         self.register_buffer("std", torch.ones(obs_dim))
 
@@ -626,15 +632,16 @@ class SAC(nn.Module):
 
     def update_normalisation(self, states):
         """Adds visited states (..., obs_dim) to the statistics that normalise the inputs."""
-        x = states.flatten(0, -2)
+        x = states.flatten(0, -2).double()  # float32 would lose a small deviation of large numbers
         self.moments += torch.stack([torch.ones_like(x), x, x**2]).sum(1)
         count, total, squares = self.moments
-        self.mean = total / count
-        variance = squares / count - self.mean**2
-        self.std = variance.clamp_min(0).sqrt() + 0.01
+        mean = total / count
+        variance = squares / count - mean**2
+        self.mean.copy_(mean)
+        self.std.copy_(variance.clamp_min(0).sqrt() + 0.01)
 
     def inputs(self, states, task):
-        """What the networks see in states (..., obs_dim) of the tasks number `task`, (...)."""
+        """What the networks see in states (..., obs_dim) of tasks with indices `task`, (...)."""
         normalised = (states - self.mean) / self.std
         return torch.cat([normalised, self.told[task]], dim=-1)
 
@@ -748,7 +755,7 @@ class Collection:
         self.actions = torch.zeros(*shape, family.act_dim, device=self.device)
         self.learner_actions = torch.zeros_like(self.actions)
         self.rewards = torch.zeros(shape, device=self.device)
-        self.guest = torch.zeros(shape[1], dtype=torch.bool)  # episodes in which a guest acted
+        self.guest = torch.zeros(shape[1], dtype=torch.bool)  # episodes with the agent as a guest
         self.history = {
             "states": self.states,
             "actions": self.actions,
@@ -764,7 +771,8 @@ class Collection:
         s = self.s
         remaining = 1 - self.round / self.rounds
         self.agent.lr.fill_(s.lr * min(1, 4 * remaining))
-        seed = s.seed * 2**20 + self.round  # a seed per round makes a resumed collection exact
+        # A seed per round makes a resumed collection exact. That of the tasks is not among them.
+        seed = (s.seed + 1) * 2**20 + self.round
         self.rng.manual_seed(seed)
         observations, _ = self.env.reset(seed=seed)
 
@@ -803,9 +811,9 @@ class Collection:
     def draw_told(self):
         """Draws which task the agent is told in each copy of this round, (num, copies).
 
-        It is the copy's own task, but in the last of several copies another one of the same split:
-        there the agent acts as a guest. An agent that is told a fast run shows in a slow task what
-        it is like to be too fast.
+        It is the copy's own task, but in the last of several copies a random one of the same split,
+        mostly another: there the agent acts as a guest. An agent that is told a fast run shows in a
+        slow task what it is like to be too fast.
         """
         s = self.s
         told = torch.arange(self.num, device=self.device)[:, None].repeat(1, s.copies)
@@ -813,14 +821,17 @@ class Collection:
             train = min(self.num, s.train_tasks)
             told[:train, -1] = torch.randperm(train, **self.draw)
             told[train:, -1] = torch.randperm(self.num - train, **self.draw) + train
-            # In an episode whose actions are all random no agent acts, so there is no guest.
+            # In an episode whose actions are all random the agent does not act, so it is no guest.
             agent_acts = (self.round + 1) * self.T > s.random_steps
             self.guest[(self.round + 1) * s.copies - 1] = agent_acts
         return told
 
     @torch.no_grad()
     def choose_actions(self, step, episodes, told):
-        """Stores the actions of one step in `episodes`, and the agent's without noise."""
+        """Stores the actions of one step in `episodes`.
+
+        Also stores what the agent would do without noise if it is told the episode's own task.
+        """
         s = self.s
         t = step % self.T
         states = self.states[:, episodes]
@@ -844,8 +855,8 @@ class Collection:
 
         The age of a drawn step, as a fraction of the run so far, is U^recency with U uniform in
         (0, 1] (after Wang & Ross 2019). The step is followed for `n_step` steps, or until its
-        episode ends, so that values travel n times as fast (Watkins 1989). The rewards on the way
-        are those of the actions taken, and only one entropy term in n is counted.
+        episode or what is stored ends, so that values travel n times as fast (Watkins 1989). The
+        rewards on the way are those of the actions taken. Only one entropy term in n is counted.
         """
         s = self.s
         shape = (s.batch,)
@@ -890,8 +901,8 @@ class Collection:
         # These may differ. Another device draws other random numbers.
         free = ("episodes", "history", "device", "out")
         different = []
-        for name, value in saved["settings"].items():
-            if name not in free and value != getattr(self.s, name, None):
+        for name, value in dataclasses.asdict(self.s).items():
+            if name not in free and value != saved["settings"].get(name):
                 different.append(name)
         names = " and ".join(different)
         require(not different, f"{path} has another {names}: repeat its settings, or delete it")
@@ -929,21 +940,26 @@ def collect(name, **settings):
             print(f"continuing from round {run.round} of {run.rounds}, found in {part}")
         finish_rounds(run, part)
         arrays = select(run)
+        finite = all(np.isfinite(arrays[x]).all() for x in (*ACTIONS, "expert_return"))
+        require(finite, "the last updates have spoiled the agent: try a smaller --lr")
         write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
         part.unlink(missing_ok=True)
 
     random = arrays["random_return"]
     expert = arrays["expert_return"]
-    returns = f"random {random.mean():.2f}, experts {expert.mean():.2f}, worst {expert.min():.2f}"
+    returns = f"random {random.mean():.2f}, expert {expert.mean():.2f}"
+    returns += f", in its worst task {expert.min():.2f}"
     print(f"{path}: mean return {returns}")
     no_score = np.flatnonzero(~has_score(random, expert))
     if len(no_score) > 0:
-        print(f"no scores for tasks whose expert hardly gains over random actions: {no_score}")
+        print(
+            f"no scores in tasks in which the expert hardly gains over random actions: {no_score}"
+        )
     return path
 
 
 def has_score(random_return, expert_return):
-    """Tasks (N,) bool whose expert gains enough over random actions to be a measure of others.
+    """Tasks (N,) bool in which the expert gains enough over random actions to measure others.
 
     That is more than a twentieth of the median of all gains above 0. A gain of hardly more than 0
     is mostly chance, and a score, which is divided by it, could have any value.

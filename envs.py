@@ -113,7 +113,7 @@ def usable_cores():
 
 
 class PointRobot(TaskVec):
-    """A point walks to a goal that it is not shown.
+    """A point walks to a goal that the observation does not contain.
 
     A task is the goal's position (x, y) in [-1, 1]^2. In `collecting`, the defaults let the agent
     act randomly in the first quarter of the run, because an in-context agent also moves randomly
@@ -252,7 +252,7 @@ class MujocoVec(TaskVec):
 
 
 class CheetahVel(MujocoVec):
-    """HalfCheetah runs at a velocity that it is not told.
+    """HalfCheetah runs at a velocity that the observation does not contain.
 
     A task is this target velocity, in [0, 3] m/s.
     """
@@ -304,7 +304,7 @@ class WalkerParam(MujocoVec):
     fields = ("body_mass", "body_inertia", "geom_friction", "dof_damping")
     collecting = MujocoVec.collecting | {
         "steps": 12_000,
-        "train_tasks": 105,  # more bodies instead of more copies: a few bodies are overfitted
+        "train_tasks": 105,  # more bodies and fewer copies: in-context agents overfit few bodies
         "copies": 2,
         "temperature": 0.2,
         "n_step": 3,

@@ -3115,8 +3115,75 @@ def test_networks_see_normalised_states_and_tasks():
 def test_a_task_that_does_not_vary_tells_nothing():
     """A column that is the same in all tasks is 0, also with a single task."""
     s = settings_of("point_robot", hidden=4, device="cpu")
-    assert (SAC(np.full((5, 2), 3.0), 2, 2, s).told == 0).all()
+    assert (SAC(np.full((5, 2), 0.1), 2, 2, s).told == 0).all()
     assert (SAC(np.full((1, 1), 3.0), 2, 2, s).told == 0).all()
+    one = np.array([[1e-9, 5.0], [3e-9, 5.0]])
+    assert SAC(one, 2, 2, s).told.tolist() == [[-1, 0], [1, 0]]
+
+
+def test_a_small_deviation_of_large_states_is_found():
+    """In float32 the difference of two large sums of squares would be rounded."""
+    agent = SAC(np.ones((2, 1)), 1, 1, settings_of("point_robot", hidden=4, device="cpu"))
+    agent.update_normalisation(torch.randn(2, 50_000, 1) + 1000)
+    near(agent.std, torch.full((1,), 1.01), 0.02)
+
+
+def test_expert_and_returns_are_those_of_the_own_task(monkeypatch):
+    """An agent that walks to the goal that it is told earns more than one that is told another."""
+    run = tiny_run(5, steps=60, random_steps=40, copies=2, batch=4, train_tasks=3)
+    for _ in range(3):
+        run.run_round()
+    goals = torch.from_numpy(run.tasks).float()
+
+    def act(states, task, noise=None):
+        return ((goals[task] - states) * 10).clamp(-1, 1), None
+
+    monkeypatch.setattr(run.agent, "act", act)
+    arrays = select(run)
+    states = torch.from_numpy(arrays["states"])
+    wanted = ((goals[:, None, None] - states) * 10).clamp(-1, 1)
+    near(torch.from_numpy(arrays["expert_actions"]), wanted, 1e-6)
+    steps = abs(run.tasks).max(1) * 10  # of 0.1 in each direction, until it is there
+    assert (arrays["expert_return"] > -(steps + 2) * np.linalg.norm(run.tasks, axis=1)).all()
+    assert (arrays["expert_return"] > arrays["random_return"] + 3).all()
+
+
+def test_the_learning_rate_falls_to_zero_over_the_last_quarter():
+    run = tiny_run(2, steps=160, random_steps=20, copies=1, batch=4)
+    rates = []
+    for _ in range(8):
+        run.run_round()
+        rates.append(run.agent.lr.item() / run.s.lr)
+    np.testing.assert_allclose(rates, [1, 1, 1, 1, 1, 1, 1, 0.5], atol=1e-6)
+
+
+def test_a_spoiled_agent_writes_no_dataset(tmp_path, monkeypatch):
+    """The last updates are not followed by a step whose states would show it."""
+    run_round = Collection.run_round
+
+    def spoiling(run):
+        returns = run_round(run)
+        if run.round == run.rounds:
+            run.agent.actor.weights[0].data[:] = math.nan
+        return returns
+
+    monkeypatch.setattr(Collection, "run_round", spoiling)
+    given = {"steps": 40, "random_steps": 20, "train_tasks": 2, "test_tasks": 1, "hidden": 4}
+    with pytest.raises(BadInput, match="spoiled the agent"):
+        collect("point_robot", out=tmp_path, device="cpu", **given)
+    assert not list(tmp_path.glob("*.npz"))
+
+
+def test_a_part_without_a_setting_is_not_continued(tmp_path):
+    """It is of a version that had other settings."""
+    run = tiny_run(2, steps=40, random_steps=20, copies=1, batch=4)
+    run.run_round()
+    run.save(tmp_path / "x.part")
+    saved = torch.load(tmp_path / "x.part", weights_only=True)
+    del saved["settings"]["recency"]
+    torch.save(saved, tmp_path / "x.part")
+    with pytest.raises(BadInput, match="another recency"):
+        run.restore(tmp_path / "x.part")
 
 
 # ---- Collection ----------------------------------------------------------------------------------
@@ -3275,7 +3342,7 @@ def test_a_finished_dataset_is_not_collected_over(folder, tmp_path):
 
 
 def who_acts(run, monkeypatch):
-    """Makes the action in task i that of i + 2, which no random action is, and forbids updates."""
+    """The agent, told task i, answers i + 2, which no random action is, and does not learn."""
 
     def act(states, task, noise=None):
         return (task[..., None] + 2.0).expand(*states.shape[:-1], 2), None
@@ -3285,7 +3352,7 @@ def who_acts(run, monkeypatch):
 
 
 def test_guests_visit_tasks_of_their_own_split(monkeypatch):
-    """In the last copy the agent acts for another task of the same split, else for the own one."""
+    """In the last copy the agent acts for another task of the same split, else for its own."""
     run = tiny_run(9, steps=100, random_steps=20, copies=3, batch=4, train_tasks=5)
     who_acts(run, monkeypatch)
     train_visits = set()
@@ -3296,6 +3363,8 @@ def test_guests_visit_tasks_of_their_own_split(monkeypatch):
         actor = run.actions[:, 3 * r : 3 * r + 3] - 2  # (9, 3, 20, 2)
         assert (actor == actor[:, :, :1, :1]).all()
         own = torch.arange(9.0)
+        learner = run.learner_actions[:, 3 * r : 3 * r + 3]
+        assert (learner == own[:, None, None, None] + 2).all()
         assert (actor[:, :2, 0, 0] == own[:, None]).all()
         guests = actor[:, 2, 0, 0].tolist()
         assert sorted(guests[:5]) == [0, 1, 2, 3, 4]
@@ -3307,7 +3376,7 @@ def test_guests_visit_tasks_of_their_own_split(monkeypatch):
 
 @pytest.mark.parametrize("copies", [2, 3])
 def test_the_first_of_three_copies_acts_without_noise(copies, monkeypatch):
-    """Of two copies none does, because the agent is a guest in the second one."""
+    """Of two copies none does: the second one has a guest, so the first one must explore."""
     run = tiny_run(2, steps=40, random_steps=20, copies=copies, batch=4)
 
     def act(states, task, noise=None):
@@ -3339,9 +3408,9 @@ def test_episodes_with_guests_are_recorded(copies, monkeypatch):
         run.run_round()
     expected = []
     for episode in range(5 * copies):
-        agents_act = bool((run.actions[:, episode] >= 2).any())
+        agent_acts = bool((run.actions[:, episode] >= 2).any())
         last_copy = episode % copies == copies - 1
-        expected.append(copies > 1 and last_copy and agents_act)
+        expected.append(copies > 1 and last_copy and agent_acts)
     assert run.guest.tolist() == expected
     assert copies == 1 or expected.count(True) == 4  # the second round is random in part
 
