@@ -163,7 +163,7 @@ class MujocoVec(TaskVec):
     or replayed from stored states.
     """
 
-    # How these settings were found is told in experiments/RESULTS.md.
+    # How most of these settings were found is told in experiments/RESULTS.md.
     collecting: ClassVar = {
         "steps": 4_000,
         "hidden": 256,

@@ -113,7 +113,8 @@ class Config:
     mode: Literal["ad", "dpt"] = "dpt"  # Algorithm Distillation or Decision-Pretrained Transformer
 
     # What this file changes in the published AD and DPT; PAPER has the published values. Effects in
-    # the docstrings below are scores on Point-Robot with one seed, from experiments/RESULTS.md.
+    # the docstrings below are scores on Point-Robot with one seed, 2,500 (DPT) or 3,000 (AD) steps
+    # and older data, in which each task had an agent of its own: see experiments/RESULTS.md.
     late_episode: bool = True  # change, AD: only actions of a late running episode are predicted
     worse_episodes: bool = True  # change, AD: the finished episodes are mostly bad ones
     clean_targets: bool = True  # change, AD: the targets are the learner's actions without noise
@@ -1228,7 +1229,7 @@ def held_out_loss(model, x, batches=20):
 def scores(returns, data, tasks):
     """(R - R_random) / (R_expert - R_random) of returns (N, ...) in `tasks`.
 
-    It is NaN in tasks whose expert hardly gains over random actions, see `has_score`.
+    It is NaN in tasks in which the expert hardly gains over random actions, see `has_score`.
     """
     low = data["random_return"]
     high = data["expert_return"]

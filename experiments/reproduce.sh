@@ -3,8 +3,8 @@
 #
 #     sh experiments/reproduce.sh defaults
 #
-# The times are minutes of one core of an AMD EPYC; two names at once use two cores. The data comes first, in less than
-# 15 minutes. Tables are printed and written to figures/; a comparison adds a row to figures/pairs.csv. Runs that have
+# The times are minutes of one core of an AMD EPYC; two names at once use two cores. The data comes first, in a minute
+# or two, Walker2d's in 16. Tables are printed and written to figures/; a comparison adds a row to figures/pairs.csv. Runs that have
 # ended are not repeated. Where RESULTS.md names an older commit, check that one out: its data were collected in another
 # way, and these names do the same with today's data.
 set -e
@@ -94,11 +94,11 @@ ad-tasks) # 73 minutes
     data45
     pairs "AD, 3,000 steps: 45 tasks" point_robot45-ad "0 1 2 3 4" 400 --data data45 $ad
     pairs "AD, 3,000 steps: 1,000 tasks" point_robot1000-ad "0 1 2 3 4" 400 --data data1000 $ad ;;
-cheetah) # 121 minutes: 40 with DPT, 81 with AD
+cheetah) # part of `defaults`, compared in fresh tasks
     data cheetah_vel
     pairs "HalfCheetah: DPT" cheetah_vel-dpt "0 1 2" 100 --env cheetah_vel
     pairs "HalfCheetah: AD" cheetah_vel-ad "0 1 2" 100 --env cheetah_vel --mode ad ;;
-walker) # 105 minutes: 36 with DPT, 69 with AD
+walker) # 60 minutes: 20 with DPT, 40 with AD
     data walker_param
     pairs "Walker2d: DPT" walker_param-dpt "0 1 2" 100 --env walker_param
     pairs "Walker2d: AD" walker_param-ad "0 1 2" 100 --env walker_param --mode ad ;;
