@@ -39,7 +39,7 @@ class TaskVec(VectorEnv):
     A child may also set two dictionaries, which say where its defaults differ from the general
     ones. The general defaults of `collecting` suit episodes of 20 steps.
 
-        collecting   fields of collect.Settings: {"steps": 4_000}
+        collecting   fields of collect.Settings: {"steps": 4_800}
         training     fields of t2mir.Config for both modes: {"ad": {"stride": 8}, "dpt": {}}
 
     After a change of a child, delete data/NAME.npz and data/NAME.part.
@@ -165,7 +165,7 @@ class MujocoVec(TaskVec):
 
     # How most of these settings were found is told in experiments/RESULTS.md.
     collecting: ClassVar = {
-        "steps": 4_000,
+        "steps": 4_800,
         "hidden": 256,
         "updates": 4,
         "lr": 1e-3,

@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import shlex
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -20,7 +21,7 @@ sys.path.insert(0, str(HERE.parent))
 import t2mir
 from collect import BadInput, collect, load
 from envs import ENVS, make_vec, sample_tasks
-from experiments import clone_experts, compare, figures, gradients, routing, subset, watch
+from experiments import clone_experts, compare, figures, gradients, routing, stairs, subset, watch
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:.*Box observation space")
@@ -505,3 +506,100 @@ def test_a_clone_that_is_told_the_task_fits_it():
         clone_experts.fit(clone, states, labels, 100)
         errors.append((clone.act(states, task)[0] - labels).square().mean().item())
     assert errors[1] < 0.1 * errors[0]
+
+
+# ---- stairs.py -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["ad", "dpt"])
+@pytest.mark.parametrize("env", ["point_robot", "cheetah_vel"])
+def test_each_stair_has_one_change_more(env, mode):
+    ours = dataclasses.asdict(t2mir.preset(env, mode))
+    paper = dataclasses.asdict(t2mir.preset(env, mode, "paper"))
+    # What the other mode changes has no effect on this one.
+    of_other = {"dpt": ("late_episode", "worse_episodes", "clean_targets", "guests")}
+    of_other |= {"ad": ("grow_prompt",)}
+    expected = {k for k in ours if ours[k] != paper[k] and k not in of_other[mode]}
+    found = stairs.stairs(env, mode)
+    climbed = [fields for name, fields in found.items() if not name.startswith("without")]
+    assert climbed[0] == {name: paper[name] for name in expected}
+    assert climbed[-1] == {name: ours[name] for name in expected}
+    for below, above in pairwise(climbed):
+        assert sum(below[name] != above[name] for name in expected) == 1
+    for name, fields in found.items():
+        t2mir.preset(env, mode, **fields)  # raises BadInput if they do not go together
+        if name.startswith("without"):
+            back = {other for other in expected if fields[other] != ours[other]}
+            assert name.removeprefix("without ") in back
+            assert back <= {name.removeprefix("without "), "guests"}
+
+
+@pytest.fixture(scope="module")
+def climbed(folder, tmp_path_factory):
+    """A table of stairs.py with two stairs, which share their trained agents, and their Config."""
+    out = tmp_path_factory.mktemp("stairs")
+    where = {"data": str(folder), "runs": str(out / "runs")}
+    c = t2mir.preset("point_robot", "dpt", **TINY | where | {"steps": 2, "eval_episodes": 6})
+    names = ("+ grow_prompt", "+ remember_best")
+    shared = ("+ policy", "+ sample", *names, "without sample", "without grow_prompt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stairs, "VALIDATION_TASKS", 2)
+        patch.setattr(stairs, "GRID", (1e-3, 2e-2))
+        for _ in range(2):  # the second time there is nothing to do
+            stairs.climb(c, out / "table.csv", shared, ("t2mir", "dense"), (0,), 0)
+            stairs.climb(c, out / "table.csv", names, ("t2mir", "dense"), (0, 1), 5)
+    return out / "table.csv", c
+
+
+def test_rows_of_stairs(climbed):
+    """Two learning rates of two agents on six stairs, then two seeds of two agents on two."""
+    rows = stairs.read(climbed[0])
+    kinds = [row["tasks"] for row in rows]
+    assert kinds == ["validation"] * 24 + ["fresh"] * 8
+    assert len({tuple(row.values()) for row in rows}) == len(rows)
+    assert len(list((Path(climbed[1].runs)).rglob("ckpt.pt"))) == 4 + 4
+
+
+def test_scores_of_a_stair(climbed, folder):
+    """They are those of the trained agent with this stair's way of acting, in fresh tasks."""
+    table, c = climbed
+    data = load(folder / "point_robot.npz")
+    row = [row for row in stairs.read(table) if row["stair"] == "+ grow_prompt"][-1]
+    (run,) = Path(c.runs).rglob(f"dense-lr{row['lr']}-seed1")
+    agent = t2mir.load_agent(run)
+    agent.config = dataclasses.replace(agent.config, remember_best=False)
+    history = t2mir.evaluate(agent, sample_tasks("point_robot", 5, [1, 2]), 6, 1)
+    low = data["random_return"].mean()
+    high = data["expert_return"].mean()
+    score = 100 * (history["rewards"].sum(-1).numpy() - low) / (high - low)
+    assert numbers(row["mean"]) == pytest.approx(score.mean(0), abs=0.051)
+    assert numbers(row["episode_5"]) == pytest.approx(score[:, 4], abs=0.051)
+    assert numbers(row["after_1"]) == pytest.approx(score[:, 1:].mean(1), abs=0.051)
+
+
+def test_best_learning_rate_of_a_stair(monkeypatch):
+    """It has the highest mean over the stairs that share a trained agent."""
+    monkeypatch.setattr(stairs, "GRID", (1e-3, 1e-2))
+    key = {"env": "point_robot", "mode": "dpt", "tasks": "validation", "agent": "dense"}
+    rows = []
+    for stair, lr, mean in (
+        ("a", "0.001", "10 90"),
+        ("a", "0.01", "20 60"),
+        ("b", "0.001", "0 20"),
+        ("b", "0.01", "50 50"),
+        ("c", "0.001", "100 100"),
+    ):
+        rows.append(key | {"stair": stair, "lr": lr, "mean": mean})
+    assert stairs.best_rate(rows, "point_robot", "dpt", ["a"], "dense") == 1e-3
+    assert stairs.best_rate(rows, "point_robot", "dpt", ["a", "b"], "dense") == 1e-2
+    with pytest.raises(BadInput, match="first choose"):
+        stairs.best_rate(rows, "point_robot", "dpt", ["c"], "dense")
+
+
+def test_picture_of_stairs(climbed, tmp_path, capsys):
+    table = tmp_path / "table.csv"
+    table.write_bytes(climbed[0].read_bytes())
+    stairs.main("draw", table=table)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 2 + 1
+    assert imageio.imread(tmp_path / "stairs-point_robot-dpt.png").std() > 0

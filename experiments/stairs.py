@@ -1,0 +1,331 @@
+"""From the published AD and DPT to ours, one change at a time, with T2MIR and without.
+
+    python experiments/stairs.py choose --mode dpt
+    python experiments/stairs.py measure --mode dpt
+    python experiments/stairs.py draw --mode dpt
+
+The first stair is the published form (`--recipe paper`). Each of the next ones takes one change of
+`Config` more, and the last one is ours. "without X" is ours with one change taken back. On each
+stair there is a T2MIR agent, and a dense one.
+
+`choose` tries the learning rates of GRID with seed 0, in 40 training tasks that it holds out for
+this. Stairs that differ in nothing but how the agent acts share a trained agent, so they share its
+learning rate too: the one with the best score, averaged over these stairs and over all episodes.
+`measure` trains with the chosen rates and several seeds, and acts in fresh tasks. Both add a row to
+the table for each stair, agent, rate and seed, and skip what the table has. `draw` makes a picture
+and prints the table with intervals.
+
+A score is (R - R_random) / (R_expert - R_random) with the mean returns of the dataset's tasks.
+"""
+
+import csv
+import dataclasses
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Literal
+
+if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"  # the one that a notebook sets may not exist here
+
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import t2mir
+from collect import require, run_command
+from envs import sample_tasks
+from experiments.compare import append, interval
+from experiments.figures import save
+from experiments.report import open_run
+
+# The changes in the order in which they are made. Those of ACTING need no training.
+ORDER = {
+    "dpt": ("stride", "optimizer", "policy", "sample", "grow_prompt", "remember_best"),
+    "ad": (
+        "stride",
+        "worse_episodes",
+        "late_episode",
+        "clean_targets",
+        "guests",
+        "optimizer",
+        "policy",
+        "sample",
+        "remember_best",
+    ),
+}
+ACTING = ("sample", "grow_prompt", "remember_best")
+AGENTS = {"t2mir": {}, "dense": {"token_moe": False, "task_moe": False}}
+GRID = (2e-3, 5e-3, 1.25e-2)  # learning rates
+VALIDATION_TASKS = 40
+# Of these episodes the table has the score in each task.
+COLUMNS = {"episode_1": 1, "episode_2": 2, "episode_5": 5, "last": 0}
+
+
+def stairs(env, mode):
+    """The stairs: a dict name -> fields of a Config, from the published form to ours."""
+    ours = dataclasses.asdict(t2mir.preset(env, mode))
+    changes = [name for name in ORDER[mode] if ours[name] != t2mir.PAPER[name]]
+    fields = {name: t2mir.PAPER[name] for name in changes}
+    found = {"published": fields}
+    for name in changes:
+        fields = fields | {name: ours[name]}
+        found[f"+ {name}"] = fields
+    for name in changes[:-1]:  # without the last change, it is the stair before the last one
+        back = {name: t2mir.PAPER[name]}
+        if name == "clean_targets":
+            back["guests"] = False  # or guests would be imitated
+        found[f"without {name}"] = fields | back
+    return found
+
+
+def training(fields):
+    """The part of a stair's fields that the trained agent depends on, as a text."""
+    return " ".join(f"{name}={value}" for name, value in fields.items() if name not in ACTING)
+
+
+def trained(c):
+    """The folder of the trained agent of a Config. A run that has ended is not repeated."""
+    folder = Path(c.runs) / c.name
+    if not (folder / "ckpt.pt").exists():
+        return t2mir.train(c)
+    saved = t2mir.read_checkpoint(folder)
+    if saved["step"] < c.steps:
+        t2mir.train(t2mir.Config(**saved["config"]), folder)
+    return folder
+
+
+def act(run, fields, fresh_tasks):
+    """The held-out loss of a run, and its scores if it acts as `fields` say, (tasks, episodes).
+
+    It acts in as many fresh tasks, or if this is 0 in the held-out tasks of its training.
+    """
+    model, data, _, held_out = open_run(run)
+    c = model.config
+    model.config = dataclasses.replace(c, **{k: v for k, v in fields.items() if k in ACTING})
+    heldout = t2mir.held_out_loss(model, t2mir.to_tensors(data, held_out))
+    tasks = data["tasks"][held_out]
+    if fresh_tasks > 0:
+        tasks = sample_tasks(c.env, fresh_tasks, [1, 2])
+    returns = t2mir.evaluate(model, tasks, c.eval_episodes, 1)["rewards"].sum(-1).numpy()
+    low = data["random_return"].mean()
+    high = data["expert_return"].mean()
+    return heldout, (returns - low) / (high - low)
+
+
+def read(table):
+    """The rows of the table, a list of dicts."""
+    if not table.exists():
+        return []
+    with open(table, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def of_episode(row, column):
+    """The scores in a cell of the table, which holds percent."""
+    return np.array(row[column].split(), float) / 100
+
+
+def best_rate(rows, env, mode, shared, agent):
+    """The learning rate of the trained agent that the stairs `shared` share."""
+    score = defaultdict(list)  # by learning rate
+    for row in rows:
+        of_agent = (row["env"], row["mode"], row["agent"]) == (env, mode, agent)
+        if row["tasks"] == "validation" and of_agent and row["stair"] in shared:
+            score[float(row["lr"])].append(of_episode(row, "mean").mean())
+    missing = [lr for lr in GRID if len(score[lr]) < len(shared)]
+    advice = "first choose the learning rates with `choose`"
+    require(
+        not missing, f"the table has no {agent} agent of {shared[0]!r} with {missing}: {advice}"
+    )
+    return max(GRID, key=lambda lr: np.mean(score[lr]))
+
+
+def commit():
+    """The commit of this code."""
+    command = ["git", "describe", "--always", "--dirty"]
+    folder = Path(__file__).parent
+    done = subprocess.run(command, check=True, cwd=folder, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def climb(c, table, names, agents, seeds, fresh_tasks):
+    """Adds what is missing to the table: `choose` if `fresh_tasks` is 0, else `measure`."""
+    found = stairs(c.env, c.mode)
+    for name in names:
+        require(name in found, f"no stair {name!r}: there are {', '.join(found)}")
+    kind = "fresh"
+    if fresh_tasks == 0:
+        kind = "validation"
+    for name in names or found:
+        fields = found[name]
+        shared = [other for other in found if training(found[other]) == training(fields)]
+        for agent in agents:
+            rates = GRID
+            if kind == "fresh":
+                rates = [best_rate(read(table), c.env, c.mode, shared, agent)]
+            for lr in rates:
+                for seed in seeds:
+                    key = {"env": c.env, "mode": c.mode, "stair": name, "agent": agent}
+                    key |= {"tasks": kind, "lr": f"{lr:.5g}", "seed": str(seed)}
+                    if not any(key.items() <= row.items() for row in read(table)):
+                        append(table, key | measured(c, key, fields, fresh_tasks))
+
+
+def measured(c, key, fields, fresh_tasks):
+    """Trains one agent and acts with it; the other cells of its row of the table."""
+    name = f"stairs/{c.env}-{c.mode}/{training(fields)}/{key['agent']}-lr{key['lr']}"
+    if key["tasks"] == "validation":
+        name += "-validation"
+    fields_of_run = fields | AGENTS[key["agent"]] | {"name": f"{name}-seed{key['seed']}"}
+    fields_of_run |= {"lr": float(key["lr"]), "seed": int(key["seed"]), "eval_every": c.steps}
+    if key["tasks"] == "validation":
+        fields_of_run["val_tasks"] = VALIDATION_TASKS
+    # The way of acting is no part of the trained agent, which several stairs share.
+    ours = t2mir.preset(c.env, c.mode)
+    fields_of_run |= {name: getattr(ours, name) for name in ACTING}
+    run = trained(dataclasses.replace(c, **fields_of_run))
+
+    heldout, score = act(run, fields, fresh_tasks)
+    cells = {"steps": c.steps, "heldout": heldout, "mean": percent(score.mean(0))}
+    for column, episode in COLUMNS.items():
+        cells[column] = percent(score[:, episode - 1])
+    cells["after_1"] = percent(score[:, 1:].mean(1))
+    said = ", ".join(key.values())
+    print(f"{said}: held-out {heldout:.4f}, percent by episode {cells['mean']}", flush=True)
+    cells["commit"] = commit()
+    return cells
+
+
+def percent(scores):
+    """Scores as a cell of the table."""
+    return " ".join(f"{100 * score:.1f}" for score in scores)
+
+
+# ---- Table and picture ---------------------------------------------------------------------------
+
+
+def seeds_and_tasks(rows, column):
+    """A column of the rows of one agent and stair as an array (seeds, tasks)."""
+    rows = sorted(rows, key=lambda row: int(row["seed"]))
+    if column == "heldout":
+        return np.array([[float(row["heldout"])] for row in rows])
+    return np.stack([of_episode(row, column) for row in rows])
+
+
+def by_stair(table, env, mode):
+    """The rows in fresh tasks: a dict stair -> agent -> list of rows, where both agents exist."""
+    found = {}
+    for name in stairs(env, mode):
+        agents = {}
+        for agent in AGENTS:
+            wanted = {"env": env, "mode": mode, "stair": name, "agent": agent, "tasks": "fresh"}
+            agents[agent] = [row for row in read(table) if wanted.items() <= row.items()]
+        seeds = [sorted(row["seed"] for row in rows) for rows in agents.values()]
+        if seeds[0] and seeds[0] == seeds[1]:
+            found[name] = agents
+    require(found, f"{table} has no stair of {env} and {mode} with the same seeds of both agents")
+    return found
+
+
+def difference(agents, column):
+    """T2MIR minus dense, and its interval, in pairs of runs with the same seed."""
+    first = seeds_and_tasks(agents["t2mir"], column)
+    second = seeds_and_tasks(agents["dense"], column)
+    return interval(np.mean, first - second)
+
+
+def markdown(found):
+    """The table: a line for each stair."""
+    titles = ["stair", "learning rates", "seeds"]
+    titles += [f"T2MIR, {column.replace('_', ' ')}" for column in COLUMNS]
+    titles += [f"dense, {column.replace('_', ' ')}" for column in COLUMNS]
+    titles += ["T2MIR minus dense, episodes 2 to last", "the same, held-out loss"]
+    lines = [" | ".join(titles), "|".join(["---"] * len(titles))]
+    for name, agents in found.items():
+        rates = [agents[agent][0]["lr"] for agent in AGENTS]
+        cells = [name, ", ".join(rates), str(len(agents["t2mir"]))]
+        for agent in AGENTS:
+            for column in COLUMNS:
+                values = interval(np.mean, seeds_and_tasks(agents[agent], column))
+                cells.append("{:.2f} [{:.2f}, {:.2f}]".format(*values))
+        for column in ("after_1", "heldout"):
+            cells.append("{:.3f} [{:.3f}, {:.3f}]".format(*difference(agents, column)))
+        lines.append(" | ".join(cells))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def picture(found, title):
+    """Scores by stair above, and T2MIR minus dense below."""
+    fig = Figure(figsize=(1.5 + 0.75 * len(found), 6.5), layout="tight")
+    above, below = fig.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    for i, column in enumerate(COLUMNS):
+        for agent, marker in zip(AGENTS, ("o-", "s--")):
+            values = [interval(np.mean, seeds_and_tasks(a[agent], column)) for a in found.values()]
+            mean, low, high = np.array(values).T
+            x = np.arange(len(found)) + 0.12 * (agent == "dense")
+            label = f"{agent}, {column.replace('_', ' ')}".replace("t2mir", "T2MIR")
+            bars = [mean - low, high - mean]
+            above.errorbar(x, mean, bars, fmt=marker, color=f"C{i}", lw=1, ms=4, label=label)
+    values = [difference(agents, "after_1") for agents in found.values()]
+    mean, low, high = np.array(values).T
+    below.errorbar(np.arange(len(found)), mean, [mean - low, high - mean], fmt="ko", lw=1, ms=4)
+    below.axhline(0, color="k", lw=1)
+    above.axhline(1, color="k", ls=":", lw=1)
+    above.set(ylabel="score in fresh tasks", title=title)
+    above.legend(fontsize=7, ncols=2)
+    below.set_ylabel("T2MIR minus dense,\nepisodes 2 to last", fontsize=8)
+    below.set_xticks(range(len(found)), list(found), rotation=60, ha="right", fontsize=8)
+    return fig
+
+
+def main(
+    command: tyro.conf.Positional[Literal["choose", "measure", "draw"]],
+    mode: Literal["dpt", "ad"] = "dpt",
+    env: str = "point_robot",
+    stair: tuple[str, ...] = (),
+    agents: tuple[Literal["t2mir", "dense"], ...] = ("t2mir", "dense"),
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
+    fresh_tasks: int = 100,
+    steps: int = 0,
+    data: str = "data",
+    runs: str = "runs",
+    table: Path = Path("figures/stairs.csv"),
+):
+    """Chooses learning rates, measures, or draws.
+
+    Args:
+        command: choose (learning rates, with seed 0), measure (in fresh tasks), or draw
+        mode: ad or dpt
+        env: task family
+        stair: names of stairs, by default all of them
+        agents: which agents
+        seeds: seeds of the training
+        fresh_tasks: number of fresh tasks in which the agents act
+        steps: training steps, by default those of the preset with DPT, and 3,000 with AD
+        data: folder of the dataset
+        runs: folder of the runs
+        table: CSV file, to which rows are added
+    """
+    require(fresh_tasks > 1, "--fresh-tasks must be at least 2, because an interval needs two")
+    c = t2mir.preset(env, mode, data=data, runs=runs)
+    if mode == "ad":
+        c = dataclasses.replace(c, steps=3_000, eval_episodes=30)
+    if steps > 0:
+        c = dataclasses.replace(c, steps=steps)
+    if command == "choose":
+        climb(c, table, stair, agents, (0,), 0)
+    elif command == "measure":
+        climb(c, table, stair, agents, seeds, fresh_tasks)
+    else:
+        found = by_stair(table, env, mode)
+        print(markdown(found))
+        title = f"{env}, {mode.upper()}"
+        save(picture(found, title), table.parent / f"stairs-{env}-{mode}.png")
+
+
+if __name__ == "__main__":
+    run_command(lambda: tyro.cli(main, description=__doc__))
