@@ -21,7 +21,17 @@ sys.path.insert(0, str(HERE.parent))
 import t2mir
 from collect import BadInput, collect, load
 from envs import ENVS, make_vec, sample_tasks
-from experiments import clone_experts, compare, figures, gradients, routing, stairs, subset, watch
+from experiments import (
+    clone_experts,
+    compare,
+    dial,
+    figures,
+    gradients,
+    routing,
+    stairs,
+    subset,
+    watch,
+)
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:.*Box observation space")
@@ -603,3 +613,81 @@ def test_picture_of_stairs(climbed, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 2 + 1
     assert imageio.imread(tmp_path / "stairs-point_robot-dpt.png").std() > 0
+
+
+# ---- dial.py -------------------------------------------------------------------------------------
+
+
+def angles(matrices):
+    """By which angles in degrees (1, 0) is turned."""
+    return np.degrees(np.arctan2(matrices[:, 1, 0], matrices[:, 0, 0]))
+
+
+@pytest.mark.parametrize("largest", dial.ANGLES)
+def test_turned_controls(largest):
+    """The movement is the action, turned by an angle up to the largest one."""
+    tasks = dial.turned(largest).draw_tasks(np.random.default_rng(0), 2000)
+    matrices = tasks[:, 2:].reshape(-1, 2, 2)
+    assert matrices @ matrices.transpose(0, 2, 1) == pytest.approx(np.tile(np.eye(2), (2000, 1, 1)))
+    assert np.linalg.det(matrices) == pytest.approx(np.ones(2000))
+    assert abs(angles(matrices)).max() <= largest + 1e-6
+    assert np.quantile(angles(matrices), [0.25, 0.75]) == pytest.approx(
+        [-largest / 2, largest / 2], abs=1e-9 + 0.05 * largest
+    )
+
+
+def test_mixed_controls():
+    """A quarter of the tasks each is plain, turned, mirrored and scaled."""
+    tasks = dial.Mixed.draw_tasks(np.random.default_rng(0), 4000)
+    matrices = tasks[:, 2:].reshape(-1, 2, 2)
+    size = np.linalg.det(matrices)
+    plain = (matrices == np.eye(2)).all((1, 2))
+    mirrored = (matrices == np.diag([-1, 1])).all((1, 2))
+    scaled = (size < 1 - 1e-9) & ~mirrored
+    turned = ~plain & ~mirrored & ~scaled
+    for kind in (plain, mirrored, scaled, turned):
+        assert kind.mean() == pytest.approx(0.25, abs=0.03)
+    assert size[turned] == pytest.approx(np.ones(turned.sum()))
+    assert (size[scaled] ** 0.5).min() == pytest.approx(0.3, abs=0.01)
+
+
+def test_a_robot_with_turned_controls_moves():
+    task = np.array([[0.5, 0.0, 0.0, -1.0, 1.0, 0.0]])  # turned by 90 degrees
+    robot = dial.Controls(task)
+    robot.reset(seed=0)
+    robot.state[:] = 0
+    states, rewards, *_ = robot.step(np.array([[0.3, 0.8]]))
+    assert states[0] == pytest.approx([-0.08, 0.03])
+    assert rewards[0] == pytest.approx(-np.hypot(0.58, 0.03))
+
+
+def test_table_of_the_dial(monkeypatch, tmp_path, capsys):
+    """A row for each run, nothing is done twice, and the difference is that of the rows."""
+    monkeypatch.chdir(tmp_path)
+    for name, family in dial.FAMILIES.items():
+        monkeypatch.setitem(ENVS, name, family)  # undone afterwards
+    tiny = {"out": "data8", "hidden": 16, "batch": 16, "copies": 2, "history": 1.0, "steps": 200}
+    tiny |= {"random_steps": 130, "episodes": 16, "train_tasks": 8, "test_tasks": 3}
+    collect("turned90", **tiny)
+    path = Path("data8/turned90.npz")
+    arrays = dict(np.load(path))
+    arrays["expert_return"] = arrays["random_return"] + 5
+    np.savez(path, **arrays)
+    monkeypatch.setattr(t2mir, "MODES", {"dpt": TINY | {"eval_episodes": 3}})
+    for _ in range(2):
+        dial.main(("turned90",), train_tasks=8, seeds=(0, 1), fresh_tasks=4)
+    rows = stairs.read(Path("figures/dial.csv"))
+    assert [(row["agent"], row["seed"]) for row in rows] == [
+        ("t2mir", "0"),
+        ("dense", "0"),
+        ("t2mir", "1"),
+        ("dense", "1"),
+    ]
+    capsys.readouterr()
+    dial.main(draw=True)
+    heldout = [float(row["heldout"]) for row in rows]
+    expected = (heldout[0] - heldout[1] + heldout[2] - heldout[3]) / 2
+    line = capsys.readouterr().out.splitlines()[0].split(" | ")
+    assert line[:4] == ["| dpt", "data8", "turned90", "2"]
+    assert float(line[6].split()[0]) == pytest.approx(expected, abs=6e-4)
+    assert imageio.imread("figures/dial.png").std() > 0

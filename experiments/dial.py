@@ -1,0 +1,234 @@
+"""Does T2MIR pay where tasks conflict? Point-Robots whose controls differ by task.
+
+    python experiments/dial.py --family turned180 --mode dpt
+    python experiments/dial.py --draw
+
+In each task of these families the robot's movement is a matrix times its action, and neither the
+matrix nor the goal is observed. In `turnedX` the matrix turns the action by an angle from -X to X
+degrees, so that with a large X two tasks can call for opposite actions in the same state. In
+`mixed` a quarter of the tasks each is plain, turned by any angle, mirrored, and scaled to between
+0.3 and 1 of its size.
+
+The first command collects data (`--train-tasks` 200 or 1,000), trains T2MIR and its dense baseline
+with each of the seeds, measures them in fresh tasks as compare.py does, and adds a row for each run
+to a table. The second command draws T2MIR minus dense against the dial.
+"""
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Literal
+
+if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"  # the one that a notebook sets may not exist here
+
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import t2mir
+from collect import collect, dataset_path, require, run_command
+from envs import ENVS, PointRobot
+from experiments.compare import append, interval
+from experiments.figures import save
+from experiments.stairs import AGENTS, act, commit, of_episode, percent, read, trained
+
+ANGLES = (0, 45, 90, 180)  # degrees
+
+
+class Controls(PointRobot):
+    """A Point-Robot whose controls are part of the task.
+
+    A task is the goal's position (x, y), and the 2 x 2 matrix by which actions are multiplied.
+    """
+
+    task_dim = 6
+
+    def advance(self, actions):
+        matrices = self.tasks[:, 2:].reshape(-1, 2, 2)
+        self.state = self.state + 0.1 * np.einsum("nij,nj->ni", matrices, actions)
+        return -np.linalg.norm(self.state - self.tasks[:, :2], axis=1)
+
+
+def rotations(angles):
+    """Matrices that turn by `angles` (N,) in radians, (N, 2, 2)."""
+    cos = np.cos(angles)
+    sin = np.sin(angles)
+    return np.stack([cos, -sin, sin, cos], axis=1).reshape(-1, 2, 2)
+
+
+def turned(largest):
+    """The family whose controls are turned by up to `largest` degrees."""
+
+    class Turned(Controls):
+        id = f"t2mir/Turned{largest}-v0"
+
+        @staticmethod
+        def draw_tasks(rng, num_tasks):
+            drawn = rng.uniform(-1, 1, (num_tasks, 3))  # row by row, as every family draws
+            matrices = rotations(drawn[:, 2] * np.radians(largest))
+            return np.hstack([drawn[:, :2], matrices.reshape(-1, 4)])
+
+    return Turned
+
+
+class Mixed(Controls):
+    """Plain, turned, mirrored and scaled controls, a quarter of the tasks each."""
+
+    id = "t2mir/MixedControls-v0"
+
+    @staticmethod
+    def draw_tasks(rng, num_tasks):
+        goals = []
+        matrices = []
+        for _ in range(num_tasks):
+            goals.append(rng.uniform(-1, 1, 2))
+            kind = rng.integers(4)
+            amount = rng.uniform()
+            matrix = np.eye(2)
+            if kind == 1:
+                matrix = rotations(np.array([2 * np.pi * amount]))[0]
+            elif kind == 2:
+                matrix = np.diag([-1.0, 1.0])
+            elif kind == 3:
+                matrix = np.eye(2) * (0.3 + 0.7 * amount)
+            matrices.append(matrix.flatten())
+        return np.hstack([goals, matrices])
+
+
+FAMILIES = {f"turned{angle}": turned(angle) for angle in ANGLES} | {"mixed": Mixed}
+
+
+def measure(c, table, seeds, fresh_tasks):
+    """Trains and measures what the table does not have."""
+    path = dataset_path(c.data, c.env)
+    if not path.exists():
+        tasks = int(Path(c.data).name.removeprefix("data"))
+        collect(c.env, out=c.data, train_tasks=tasks, test_tasks=50)
+    for seed in seeds:
+        for agent, fields in AGENTS.items():
+            key = {"family": c.env, "mode": c.mode, "data": Path(c.data).name, "agent": agent}
+            key["seed"] = str(seed)
+            if any(key.items() <= row.items() for row in read(table)):
+                continue
+            name = f"dial/{key['data']}/{c.env}-{c.mode}-{agent}-seed{seed}"
+            run = trained(dataclasses.replace(c, **fields, name=name, seed=seed))
+            heldout, score = act(run, {}, fresh_tasks)
+            cells = {"steps": c.steps, "lr": c.lr, "heldout": heldout}
+            cells["mean"] = percent(score.mean(0))
+            cells["episode_1"] = percent(score[:, 0])
+            cells["after_1"] = percent(score[:, 1:].mean(1))
+            print(f"{name}: held-out {heldout:.4f}, percent by episode {cells['mean']}", flush=True)
+            append(table, key | cells | {"commit": commit()})
+
+
+# ---- Picture -------------------------------------------------------------------------------------
+
+
+def differences(table):
+    """T2MIR minus dense: a dict (mode, data) -> family -> quantity -> mean and interval."""
+    runs = {}
+    for row in read(table):
+        runs[row["mode"], row["data"], row["family"], row["agent"], row["seed"]] = row
+    found = {}
+    for mode, data in sorted({key[:2] for key in runs}):
+        of_families = found.setdefault((mode, data), {})
+        for family in FAMILIES:
+            seeds = [key[4] for key in runs if key[:4] == (mode, data, family, "dense")]
+            pairs = []
+            for seed in seeds:
+                pair = [runs.get((mode, data, family, agent, seed)) for agent in AGENTS]
+                if None not in pair:
+                    pairs.append(pair)
+            if pairs:
+                of_families[family] = {
+                    "after_1": interval(np.mean, gaps(pairs, "after_1")),
+                    "episode_1": interval(np.mean, gaps(pairs, "episode_1")),
+                    "heldout": interval(np.mean, gaps(pairs, "heldout")),
+                    "pairs": len(pairs),
+                }
+    require(any(found.values()), f"{table} has no pair of runs with the same seed")
+    return found
+
+
+def gaps(pairs, column):
+    """First minus second of pairs of rows, (seeds, tasks)."""
+    if column == "heldout":
+        return np.array([[float(first[column]) - float(second[column])] for first, second in pairs])
+    return np.stack(
+        [of_episode(first, column) - of_episode(second, column) for first, second in pairs]
+    )
+
+
+def markdown(found):
+    """The table: a line for each mode, number of tasks and family."""
+    lines = []
+    for (mode, data), of_families in found.items():
+        for family, of_family in of_families.items():
+            cells = [mode, data, family, str(of_family["pairs"])]
+            for column in ("episode_1", "after_1", "heldout"):
+                cells.append("{:.3f} [{:.3f}, {:.3f}]".format(*of_family[column]))
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def picture(found):
+    """T2MIR minus dense against the dial: the score above, the held-out loss below."""
+    fig = Figure(figsize=(7, 6), layout="tight")
+    above, below = fig.subplots(2, 1, sharex=True)
+    titles = {"after_1": "score in fresh tasks,\nepisodes 2 to last", "heldout": "held-out loss"}
+    names = list(FAMILIES)
+    for i, ((mode, data), of_families) in enumerate(found.items()):
+        x = np.array([names.index(family) for family in of_families]) + 0.08 * i
+        for ax, (column, title) in zip((above, below), titles.items()):
+            values = [of_family[column] for of_family in of_families.values()]
+            mean, low, high = np.array(values).T
+            label = f"{mode.upper()}, {data.removeprefix('data')} tasks"
+            ax.errorbar(x, mean, [mean - low, high - mean], fmt="o", ms=4, lw=1, label=label)
+            ax.set_ylabel(f"T2MIR minus dense:\n{title}", fontsize=8)
+    below.set_xticks(range(len(names)), names)
+    for ax in (above, below):
+        ax.axhline(0, color="k", lw=1)
+    above.legend(fontsize=8)
+    return fig
+
+
+def main(
+    family: tuple[str, ...] = tuple(FAMILIES),
+    mode: Literal["dpt", "ad"] = "dpt",
+    train_tasks: int = 200,
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
+    fresh_tasks: int = 200,
+    runs: str = "runs",
+    table: Path = Path("figures/dial.csv"),
+    draw: bool = False,
+):
+    """Collects, trains and measures; or draws.
+
+    Args:
+        family: which families
+        mode: ad or dpt
+        train_tasks: training tasks; the datasets are in the folder data200, data1000, ...
+        seeds: seeds of the training
+        fresh_tasks: number of fresh tasks in which the agents act
+        runs: folder of the runs
+        table: CSV file, to which rows are added
+        draw: draw the picture, instead of training
+    """
+    ENVS.update(FAMILIES)
+    require(fresh_tasks > 1, "--fresh-tasks must be at least 2, because an interval needs two")
+    if draw:
+        found = differences(table)
+        print(markdown(found))
+        save(picture(found), table.parent / "dial.png")
+        return
+    for name in family:
+        require(name in FAMILIES, f"no family {name!r}: there are {', '.join(FAMILIES)}")
+        c = t2mir.preset(name, mode, data=f"data{train_tasks}", runs=runs)
+        measure(c, table, seeds, fresh_tasks)
+
+
+if __name__ == "__main__":
+    run_command(lambda: tyro.cli(main, description=__doc__))
