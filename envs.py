@@ -171,12 +171,13 @@ class MujocoVec(TaskVec):
         "lr": 1e-3,
         "gamma": 0.98,
         "random_steps": 400,
-        "train_tasks": 45,
+        "train_tasks": 105,  # many tasks and few copies: in-context agents overfit few tasks
+        "copies": 2,
         "test_tasks": 15,
         "episodes": 80,
         "history": 1.0,
     }
-    both_modes: ClassVar = {"d_model": 128, "lr": 4e-3, "stride": 8, "sample": "first"}
+    both_modes: ClassVar = {"d_model": 128, "lr": 4e-3, "stride": 8, "sample": False}
     training: ClassVar = {
         "ad": {**both_modes, "steps": 1_500, "eval_every": 500},
         "dpt": {**both_modes, "steps": 600, "eval_every": 200, "n_layers": 4},
@@ -304,8 +305,6 @@ class WalkerParam(MujocoVec):
     fields = ("body_mass", "body_inertia", "geom_friction", "dof_damping")
     collecting = MujocoVec.collecting | {
         "steps": 12_000,
-        "train_tasks": 105,  # more bodies and fewer copies: in-context agents overfit few bodies
-        "copies": 2,
         "temperature": 0.2,
         "n_step": 3,
         "recency": 4.0,

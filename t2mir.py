@@ -122,7 +122,7 @@ class Config:
     remember_best: bool = True  # change, acting: an agent remembers its best episodes
     grow_prompt: bool = True  # change, DPT acting: in the first episode the prompt is its own steps
     policy: Literal["gaussian", "squared"] = "gaussian"  # change: not a squared error
-    sample: Literal["always", "first", "never"] = "always"  # change: sample actions, to explore
+    sample: bool = True  # change: actions are sampled, to explore
     optimizer: Literal["muon", "adamw"] = "muon"  # change: Muon for the hidden matrices
     stride: int = 1  # change: the context holds every n-th step of an episode, to save time
 
@@ -211,7 +211,7 @@ PAPER = {
     "remember_best": False,
     "grow_prompt": False,
     "policy": "squared",
-    "sample": "never",
+    "sample": False,
     "optimizer": "adamw",
     "stride": 1,
 }
@@ -1180,7 +1180,6 @@ def evaluate(model, tasks, episodes, seed=0, context_of=own_context, use_cache=T
     rng = torch.Generator(device).manual_seed(seed)
     with evaluation_mode(model):
         for episode in tqdm(range(episodes), "acting", leave=False, disable=None):
-            greedy = c.sample == "never" or (c.sample == "first" and episode > 0)
             cache = None
             if use_cache:
                 cache = Cache(3 * c.context * len(range(0, T, c.stride)) + 1)
@@ -1193,7 +1192,7 @@ def evaluate(model, tasks, episodes, seed=0, context_of=own_context, use_cache=T
                 if c.mode == "dpt":
                     when = T  # DPT's queries have no time
                 x = model.act(context, states.to(device), when, cache)
-                actions = model.policy.sample(x, greedy, rng).cpu()
+                actions = model.policy.sample(x, not c.sample, rng).cpu()
                 require(actions.isfinite().all(), "the agent's actions are not finite")
                 history["actions"][:, episode, t] = actions  # first, as a robot may change them
                 observations, rewards, terminated, truncated, _ = env.step(actions.numpy())

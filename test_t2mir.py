@@ -479,10 +479,10 @@ def slow_outputs(model, history, episode):
     return torch.stack(outputs).view(N, T, -1)
 
 
-ACTING = [  # mode, recipe, stride, episodes in a context, and in which episodes actions are sampled
-    *itertools.product(MODES, ["ours"], [1, 3], [1, 2, 3], ["always"]),
-    *itertools.product(MODES, ["ours"], [1], [2], ["first", "never"]),
-    *itertools.product(MODES, ["paper"], [1], [1, 2], ["never"]),
+ACTING = [  # mode, recipe, stride, episodes in a context, and whether actions are sampled
+    *itertools.product(MODES, ["ours"], [1, 3], [1, 2, 3], [True]),
+    *itertools.product(MODES, ["ours"], [1], [2], [False]),
+    *itertools.product(MODES, ["paper"], [1], [1, 2], [False]),
 ]
 
 
@@ -507,7 +507,7 @@ def test_acting_is_that_of_the_slow_agent(mode, recipe, stride, K, sample, in_do
     for episode in range(4):
         said, _ = distribution(model.policy, slow_outputs(model, history, episode))
         expected = said.mean
-        if sample == "always" or (sample == "first" and episode == 0):
+        if sample:
             noise = [torch.randn(2, 2, generator=rng, device=DEVICE) for t in range(4)]
             expected = (said.mean + said.stddev * torch.stack(noise, dim=1)).clamp(-1, 1)
         near(history["actions"][:, episode], expected.cpu(), 1e-8)
@@ -528,7 +528,7 @@ def test_discrete_acting_is_that_of_the_slow_agent(mode, in_double):
             moves = np.array([[0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]])
             return super().step(moves[actions])
 
-    model, _ = variant_of(mode, "discrete", sample="never")
+    model, _ = variant_of(mode, "discrete", sample=False)
     history = evaluate(model, Buttons(TASKS), 3)
     for episode in range(3):
         logits = model.policy.head(slow_outputs(model, history, episode))
@@ -655,8 +655,7 @@ SWITCHES = [  # field, its published value, another one, and what differs in AD 
     ("remember_best", False, True, {"acting"}, {"acting"}),
     ("grow_prompt", False, True, set(), {"acting"}),
     ("policy", "squared", "gaussian", {"policy", "acting"}, {"policy", "acting"}),
-    ("sample", "never", "first", {"acting"}, {"acting"}),
-    ("sample", "never", "always", {"acting"}, {"acting"}),
+    ("sample", False, True, {"acting"}, {"acting"}),
     ("optimizer", "adamw", "muon", {"optimizers"}, {"optimizers"}),
     ("stride", 1, 2, {"batch", "acting"}, {"batch", "acting"}),
 ]
@@ -2562,7 +2561,6 @@ BAD_FLAGS = """
 --eval-episodes 0 | --eval-episodes
 --dtype nope | nope
 --device nope | --device
---sample nope | --sample
 --seed 1180591620717411303424 | --seed
 --seed -1 | --seed
 --name .. | --name

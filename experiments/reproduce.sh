@@ -131,7 +131,7 @@ ad-quality) # 70 minutes after `quality`
 changes) # 90 minutes: each change of AD and DPT taken away, and the published form; result.npz has the scores
     data point_robot
     for variant in "ours" "squared --policy squared" "adamw --optimizer adamw --lr 3e-3" "last --no-remember-best" \
-        "empty --no-grow-prompt" "greedy --sample never" "paper --recipe paper --lr 3e-3" \
+        "empty --no-grow-prompt" "greedy --no-sample" "paper --recipe paper --lr 3e-3" \
         "paper3e-4 --recipe paper --lr 3e-4" "paper-dense --recipe paper --lr 3e-3 --no-token-moe --no-task-moe"; do
         set -- $variant
         name=changes-dpt-$1
@@ -145,6 +145,13 @@ changes) # 90 minutes: each change of AD and DPT taken away, and the published f
         shift
         run "$name" $ad --eval-every 3000 --eval-episodes 30 "$@"
     done ;;
+stairs) # from the published agents to ours, one change at a time: MODE dpt or ad, two hours and four
+    data point_robot
+    mode=${2:-dpt}
+    for command in choose measure draw; do python experiments/stairs.py $command --mode "$mode"; done ;;
+dial) # T2MIR minus dense where tasks conflict: two hours for each mode and number of tasks
+    python experiments/dial.py --mode "${2:-dpt}" --train-tasks "${3:-200}"
+    python experiments/dial.py --draw ;;
 defaults) # 85 minutes: the default agents and their dense baselines, but for AD on Point-Robot (`ad`)
     agents=""
     for agent in point_robot-dpt cheetah_vel-dpt cheetah_vel-ad walker_param-dpt; do
