@@ -180,7 +180,7 @@ class MujocoVec(TaskVec):
     both_modes: ClassVar = {"d_model": 128, "lr": 4e-3, "stride": 8, "sample": False}
     training: ClassVar = {
         "ad": {**both_modes, "steps": 1_500, "eval_every": 500},
-        "dpt": {**both_modes, "steps": 600, "eval_every": 200, "n_layers": 4},
+        "dpt": {**both_modes, "steps": 800, "eval_every": 400, "n_layers": 4},
     }
 
     def __init__(self, tasks, threads=None):
