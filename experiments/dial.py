@@ -11,10 +11,13 @@ degrees, so that with a large X two tasks can call for opposite actions in the s
 
 The first command collects data (`--train-tasks` 200 or 1,000), trains T2MIR and its dense baseline
 with each of the seeds, measures them in fresh tasks as compare.py does, and adds a row for each run
-to a table. The second command draws T2MIR minus dense against the dial.
+to a table. The second command draws T2MIR minus dense against the dial. With --gradients, a run also
+logs ten times the mean cosine between the gradients of four groups of training tasks: those with
+similar angles, in `mixed` those of the same kind.
 """
 
 import dataclasses
+import math
 import os
 import sys
 from pathlib import Path
@@ -24,6 +27,7 @@ if __name__ == "__main__":
     os.environ["MPLBACKEND"] = "agg"  # the one that a notebook sets may not exist here
 
 import numpy as np
+import torch
 import tyro
 from matplotlib.figure import Figure
 
@@ -33,9 +37,11 @@ from collect import collect, dataset_path, require, run_command
 from envs import ENVS, PointRobot
 from experiments.compare import append, interval
 from experiments.figures import save
+from experiments.gradients import cosines
 from experiments.stairs import AGENTS, act, commit, of_episode, percent, read, trained
 
 ANGLES = (0, 45, 90, 180)  # degrees
+BATCHES = 5  # of a gradient
 
 
 class Controls(PointRobot):
@@ -101,6 +107,38 @@ class Mixed(Controls):
 FAMILIES = {f"turned{angle}": turned(angle) for angle in ANGLES} | {"mixed": Mixed}
 
 
+def groups(family, data):
+    """Four groups of training tasks whose controls are alike: masks (N,)."""
+    matrices = data["tasks"][:, 2:].reshape(-1, 2, 2)
+    train = np.flatnonzero(~data["test"])
+    if family == "mixed":
+        determinant = np.linalg.det(matrices[train])
+        plain = (matrices[train] == np.eye(2)).all((1, 2))
+        mirrored = determinant < 0
+        scaled = (determinant < 1 - 1e-9) & ~mirrored
+        parts = [train[plain], train[mirrored], train[scaled]]
+        parts.append(train[~plain & ~mirrored & ~scaled])
+    else:
+        angle = np.arctan2(matrices[train, 1, 0], matrices[train, 0, 0])
+        parts = np.array_split(train[angle.argsort()], 4)
+    masks = np.zeros((4, len(matrices)), bool)
+    for mask, part in zip(masks, parts):
+        mask[part] = True
+    return masks
+
+
+def with_cosines(measure):
+    """`t2mir.measure`, with the mean cosine between the gradients of different groups added."""
+
+    def measure_both(model, data, tasks, x):
+        numbers = measure(model, data, tasks, x)
+        similarity = cosines(model.eval(), data, groups(model.config.env, data), BATCHES)
+        others = ~torch.eye(4, dtype=torch.bool)
+        return numbers | {"cosine": similarity[others].mean().item()}
+
+    return measure_both
+
+
 def measure(c, table, seeds, fresh_tasks):
     """Trains and measures what the table does not have."""
     path = dataset_path(c.data, c.env)
@@ -120,6 +158,9 @@ def measure(c, table, seeds, fresh_tasks):
             cells["mean"] = percent(score.mean(0))
             cells["episode_1"] = percent(score[:, 0])
             cells["after_1"] = percent(score[:, 1:].mean(1))
+            log = t2mir.read_checkpoint(run)["log"]
+            cells["logged_at"] = " ".join(str(row["step"]) for row in log)
+            cells["cosine"] = " ".join(f"{row.get('cosine', math.nan):.3f}" for row in log)
             print(f"{name}: held-out {heldout:.4f}, percent by episode {cells['mean']}", flush=True)
             append(table, key | cells | {"commit": commit()})
 
@@ -195,6 +236,29 @@ def picture(found):
     return fig
 
 
+def picture_of_cosines(rows):
+    """The mean cosine between gradients of different groups while training, by family."""
+    logged = [row for row in rows if "nan" not in row["cosine"]]
+    names = [name for name in FAMILIES if any(row["family"] == name for row in logged)]
+    fig = Figure(figsize=(1 + 2.4 * len(names), 2.8), layout="tight")
+    axes = fig.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for ax, name in zip(axes, names):
+        for row in logged:
+            if row["family"] == name:
+                style = {"t2mir": "C0-", "dense": "C1--"}[row["agent"]]
+                steps = np.array(row["logged_at"].split(), int)
+                ax.plot(steps, np.array(row["cosine"].split(), float), style, lw=1)
+        ax.axhline(0, color="k", lw=0.5)
+        ax.axhline(-1 / 3, color="k", ls=":", lw=0.5)  # four gradients that sum to zero
+        ax.set_title(name, fontsize=9)
+        ax.set_xlabel("training step", fontsize=8)
+    axes[0].set_ylabel("mean cosine of\ndifferent groups", fontsize=8)
+    axes[0].plot([], [], "C0-", label="T2MIR")
+    axes[0].plot([], [], "C1--", label="dense")
+    axes[0].legend(fontsize=7)
+    return fig
+
+
 def main(
     family: tuple[str, ...] = tuple(FAMILIES),
     mode: Literal["dpt", "ad"] = "dpt",
@@ -203,6 +267,7 @@ def main(
     fresh_tasks: int = 200,
     runs: str = "runs",
     table: Path = Path("figures/dial.csv"),
+    gradients: bool = False,
     draw: bool = False,
 ):
     """Collects, trains and measures; or draws.
@@ -215,6 +280,7 @@ def main(
         fresh_tasks: number of fresh tasks in which the agents act
         runs: folder of the runs
         table: CSV file, to which rows are added
+        gradients: log the cosines of gradients
         draw: draw the picture, instead of training
     """
     ENVS.update(FAMILIES)
@@ -223,10 +289,17 @@ def main(
         found = differences(table)
         print(markdown(found))
         save(picture(found), table.parent / "dial.png")
+        if any("nan" not in row["cosine"] for row in read(table)):
+            save(picture_of_cosines(read(table)), table.parent / "dial-gradients.png")
         return
+    if gradients:
+        t2mir.measure = with_cosines(t2mir.measure)
     for name in family:
         require(name in FAMILIES, f"no family {name!r}: there are {', '.join(FAMILIES)}")
         c = t2mir.preset(name, mode, data=f"data{train_tasks}", runs=runs)
+        c.eval_every = c.steps
+        if gradients:
+            c.eval_every = max(1, c.steps // 10)
         measure(c, table, seeds, fresh_tasks)
 
 

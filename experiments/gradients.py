@@ -31,21 +31,21 @@ BATCHES = 20  # of a gradient
 QUADRANTS = {"I": (1, 1), "II": (-1, 1), "III": (-1, -1), "IV": (1, -1)}  # signs of a goal's x, y
 
 
-def cosines(run):
-    """Cosine similarities of the quadrants' gradients, (4, 4). Dropout and noise are off."""
-    model, data, train_tasks, _ = open_run(run)
+def cosines(model, data, groups, batches=BATCHES):
+    """Cosine similarities of the gradients of groups of tasks, (G, G); `groups` are masks (N,).
+
+    A gradient is that of the action loss with respect to the model's last T2MIR layer, or to the
+    dense layer there. The model must be in evaluation mode, without dropout and noise.
+    """
     c = model.config
-    require(c.env == "point_robot", f"{run} is of {c.env}: quadrants are those of point_robot")
     last = max(i % c.n_layers for i in c.moe_layers)
     layer = model.blocks[last].moe or model.blocks[last].mlp
     parameters = [p for p in layer.parameters() if p.requires_grad]
     gradients = []
-    for name, signs in QUADRANTS.items():
-        members = train_tasks & (np.sign(data["tasks"]) == signs).all(1)
-        require(members.any(), f"{run} has no training task in quadrant {name}")
+    for members in groups:
         x = t2mir.to_tensors(data, members)
         loss = 0
-        for i in range(BATCHES):
+        for i in range(batches):
             torch.manual_seed(i)
             batch = t2mir.DRAW_BATCH[c.mode](c, x, i, 2 * int(members.sum()))
             outputs, _ = model.predict(batch)
@@ -55,6 +55,19 @@ def cosines(run):
         gradients.append(torch.cat([part.flatten() for part in parts if part is not None]))
     g = F.normalize(torch.stack(gradients), dim=1)
     return g @ g.T
+
+
+def cosines_of_quadrants(run):
+    """The `cosines` of the gradients of the quadrants, (4, 4), at the end of a run."""
+    model, data, train_tasks, _ = open_run(run)
+    env = model.config.env
+    require(env == "point_robot", f"{run} is of {env}: quadrants are those of point_robot")
+    groups = []
+    for name, signs in QUADRANTS.items():
+        members = train_tasks & (np.sign(data["tasks"]) == signs).all(1)
+        require(members.any(), f"{run} has no training task in quadrant {name}")
+        groups.append(members)
+    return cosines(model, data, groups)
 
 
 def agent_name(run):
@@ -80,7 +93,7 @@ def main(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("figures
     require(runs, "name at least one run of point_robot")
     agents = defaultdict(list)
     for run in runs:
-        agents[agent_name(run)].append(cosines(run))
+        agents[agent_name(run)].append(cosines_of_quadrants(run))
     others = ~torch.eye(4, dtype=torch.bool)
     fig = Figure(figsize=(3.2 * len(agents), 3.4))
     axes = fig.subplots(1, len(agents), squeeze=False)[0]

@@ -500,7 +500,7 @@ def test_cosines_of_gradients(train, folder):
         layer = model.blocks[-1].moe.parameters()
         found.append(torch.cat([p.grad.flatten() for p in layer if p.grad is not None]))
     expected = torch.cosine_similarity(*found, dim=0)
-    assert gradients.cosines(run)[0, 2] == pytest.approx(expected.item(), abs=1e-4)
+    assert gradients.cosines_of_quadrants(run)[0, 2] == pytest.approx(expected.item(), abs=1e-4)
 
 
 def test_a_clone_that_is_told_the_task_fits_it():
@@ -674,8 +674,9 @@ def test_table_of_the_dial(monkeypatch, tmp_path, capsys):
     arrays["expert_return"] = arrays["random_return"] + 5
     np.savez(path, **arrays)
     monkeypatch.setattr(t2mir, "MODES", {"dpt": TINY | {"eval_episodes": 3}})
+    monkeypatch.setattr(t2mir, "measure", t2mir.measure)  # which dial.py changes
     for _ in range(2):
-        dial.main(("turned90",), train_tasks=8, seeds=(0, 1), fresh_tasks=4)
+        dial.main(("turned90",), train_tasks=8, seeds=(0, 1), fresh_tasks=4, gradients=True)
     rows = stairs.read(Path("figures/dial.csv"))
     assert [(row["agent"], row["seed"]) for row in rows] == [
         ("t2mir", "0"),
@@ -683,6 +684,14 @@ def test_table_of_the_dial(monkeypatch, tmp_path, capsys):
         ("t2mir", "1"),
         ("dense", "1"),
     ]
+    # The last cosine is that of the trained agent, without dropout and noise.
+    agent = t2mir.load_agent("runs/dial/data8/turned90-dpt-dense-seed1")
+    data = load(path)
+    cosines = gradients.cosines(agent, data, dial.groups("turned90", data), dial.BATCHES)
+    expected = cosines[~torch.eye(4, dtype=torch.bool)].mean().item()
+    assert numbers(rows[-1]["cosine"])[-1] == pytest.approx(expected, abs=6e-4)
+    assert numbers(rows[-1]["logged_at"]) == [1, 2, 3, 4, 5, 6]
+
     capsys.readouterr()
     dial.main(draw=True)
     heldout = [float(row["heldout"]) for row in rows]
@@ -691,3 +700,29 @@ def test_table_of_the_dial(monkeypatch, tmp_path, capsys):
     assert line[:4] == ["| dpt", "data8", "turned90", "2"]
     assert float(line[6].split()[0]) == pytest.approx(expected, abs=6e-4)
     assert imageio.imread("figures/dial.png").std() > 0
+    assert imageio.imread("figures/dial-gradients.png").std() > 0
+
+
+def test_groups_of_turned_tasks():
+    """Each group has a quarter of the training tasks, and angles between which no others are."""
+    tasks = dial.turned(90).draw_tasks(np.random.default_rng(0), 10)
+    data = {"tasks": tasks, "test": np.arange(10) >= 8}
+    masks = dial.groups("turned90", data)
+    assert masks.sum(1).tolist() == [2, 2, 2, 2]
+    assert not masks[:, 8:].any()
+    of_tasks = angles(tasks[:, 2:].reshape(-1, 2, 2))
+    for lower, higher in pairwise(masks):
+        assert of_tasks[lower].max() < of_tasks[higher].min()
+
+
+def test_groups_of_mixed_tasks():
+    tasks = np.zeros((5, 6))
+    tasks[:, 2:] = [
+        [1, 0, 0, 1],
+        [-1, 0, 0, 1],
+        [0.5, 0, 0, 0.5],
+        [0.6, -0.8, 0.8, 0.6],
+        [1, 0, 0, 1],
+    ]
+    masks = dial.groups("mixed", {"tasks": tasks, "test": np.arange(5) == 4})
+    assert (masks == np.eye(4, 5, dtype=bool)).all()
