@@ -192,7 +192,7 @@ def append(path, row):
     if path.exists():
         with open(path, newline="") as file:
             header = next(csv.reader(file), [])
-    require(header == list(row), f"{path} has other columns: name another file with --csv")
+    require(header == list(row), f"{path} has other columns: name another file")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, header, lineterminator="\n")

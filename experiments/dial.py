@@ -5,15 +5,19 @@
 
 In each task of these families the robot's movement is a matrix times its action, and neither the
 matrix nor the goal is observed. In `turnedX` the matrix turns the action by an angle from -X to X
-degrees, so that with a large X two tasks can call for opposite actions in the same state. In
-`mixed` a quarter of the tasks each is plain, turned by any angle, mirrored, and scaled to between
-0.3 and 1 of its size.
+degrees. Two tasks with goals on opposite sides call for opposite actions in all of these families.
+With a large X, two tasks with the same goal do so as well, and the actions that led towards a goal
+say nothing without the movement that followed. In `mixed` a quarter of the tasks each is plain,
+turned by any angle, mirrored, and scaled to between 0.3 and 1 of its size.
 
 The first command collects data (`--train-tasks` 200 or 1,000), trains T2MIR and its dense baseline
-with each of the seeds, measures them in fresh tasks as compare.py does, and adds a row for each run
-to a table. The second command draws T2MIR minus dense against the dial. With --gradients, a run also
-logs ten times the mean cosine between the gradients of four groups of training tasks: those with
-similar angles, in `mixed` those of the same kind.
+with each of the seeds and the default settings of Point-Robot, measures them in fresh tasks, and
+adds a row for each run to a table. The second command draws T2MIR minus dense against the dial.
+
+With --gradients, a run logs at ten points of its training how alike the gradients of four groups of
+training tasks are: the mean cosine of different groups. A group has a quarter of the angles, or in
+`mixed` the tasks of one kind. In `turned0` the groups are arbitrary. When training has converged,
+the gradients of any four groups sum to about zero, and then the mean cosine is about -1/3.
 """
 
 import dataclasses
@@ -35,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import t2mir
 from collect import collect, dataset_path, require, run_command
 from envs import ENVS, PointRobot
-from experiments.compare import append, interval
+from experiments.compare import FEW_SEEDS, append, interval
 from experiments.figures import save
 from experiments.gradients import cosines
 from experiments.stairs import AGENTS, act, commit, of_episode, percent, read, trained
@@ -132,47 +136,55 @@ def with_cosines(measure):
 
     def measure_both(model, data, tasks, x):
         numbers = measure(model, data, tasks, x)
-        similarity = cosines(model.eval(), data, groups(model.config.env, data), BATCHES)
+        similarity = cosines(model.eval(), data, groups(model.config.env, data), BATCHES).cpu()
         others = ~torch.eye(4, dtype=torch.bool)
         return numbers | {"cosine": similarity[others].mean().item()}
 
     return measure_both
 
 
-def measure(c, table, seeds, fresh_tasks):
+def measure(c, table, seeds, fresh_tasks, gradients):
     """Trains and measures what the table does not have."""
-    path = dataset_path(c.data, c.env)
-    if not path.exists():
-        tasks = int(Path(c.data).name.removeprefix("data"))
-        collect(c.env, out=c.data, train_tasks=tasks, test_tasks=50)
     for seed in seeds:
         for agent, fields in AGENTS.items():
             key = {"family": c.env, "mode": c.mode, "data": Path(c.data).name, "agent": agent}
-            key["seed"] = str(seed)
+            key |= {"seed": str(seed), "steps": str(c.steps), "count": str(fresh_tasks)}
+            key["gradients"] = str(gradients)
             if any(key.items() <= row.items() for row in read(table)):
                 continue
-            name = f"dial/{key['data']}/{c.env}-{c.mode}-{agent}-seed{seed}"
+            name = f"dial/{key['data']}/{c.env}-{c.mode}-{c.steps}-{agent}-seed{seed}"
+            if gradients:
+                name += "-gradients"
             run = trained(dataclasses.replace(c, **fields, name=name, seed=seed))
-            heldout, score = act(run, {}, fresh_tasks)
-            cells = {"steps": c.steps, "lr": c.lr, "heldout": heldout}
+            heldout, score, dataset = act(run, {}, fresh_tasks)
+            cells = {"lr": c.lr, "heldout": " ".join(f"{loss:.4f}" for loss in heldout)}
             cells["mean"] = percent(score.mean(0))
             cells["episode_1"] = percent(score[:, 0])
             cells["after_1"] = percent(score[:, 1:].mean(1))
             log = t2mir.read_checkpoint(run)["log"]
             cells["logged_at"] = " ".join(str(row["step"]) for row in log)
             cells["cosine"] = " ".join(f"{row.get('cosine', math.nan):.3f}" for row in log)
-            print(f"{name}: held-out {heldout:.4f}, percent by episode {cells['mean']}", flush=True)
-            append(table, key | cells | {"commit": commit()})
+            loss = np.mean(heldout)
+            print(f"{name}: held-out {loss:.4f}, percent by episode {cells['mean']}", flush=True)
+            append(table, key | cells | {"dataset": dataset, "commit": commit()})
 
 
 # ---- Picture -------------------------------------------------------------------------------------
 
 
 def differences(table):
-    """T2MIR minus dense: a dict (mode, data) -> family -> quantity -> mean and interval."""
+    """T2MIR minus dense: a dict (mode, data) -> family -> quantity -> mean and interval.
+
+    Raises BadInput if the runs of a family differ in more than agent and seed.
+    """
     runs = {}
+    settings = {}
     for row in read(table):
         runs[row["mode"], row["data"], row["family"], row["agent"], row["seed"]] = row
+        same = [row[name] for name in ("steps", "count", "dataset", "lr")]
+        first = settings.setdefault((row["mode"], row["data"], row["family"]), same)
+        advice = "name another --table"
+        require(same == first, f"{table}: runs of {row['family']} have other settings: {advice}")
     found = {}
     for mode, data in sorted({key[:2] for key in runs}):
         of_families = found.setdefault((mode, data), {})
@@ -197,7 +209,9 @@ def differences(table):
 def gaps(pairs, column):
     """First minus second of pairs of rows, (seeds, tasks)."""
     if column == "heldout":
-        return np.array([[float(first[column]) - float(second[column])] for first, second in pairs])
+        losses = [[row[column].split() for row in pair] for pair in pairs]
+        first, second = np.moveaxis(np.array(losses, float), 1, 0)
+        return first - second
     return np.stack(
         [of_episode(first, column) - of_episode(second, column) for first, second in pairs]
     )
@@ -205,7 +219,8 @@ def gaps(pairs, column):
 
 def markdown(found):
     """The table: a line for each mode, number of tasks and family."""
-    lines = []
+    titles = ("mode", "data", "family", "pairs", "episode 1", "episodes 2 to last", "held-out loss")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for (mode, data), of_families in found.items():
         for family, of_family in of_families.items():
             cells = [mode, data, family, str(of_family["pairs"])]
@@ -287,7 +302,12 @@ def main(
     require(fresh_tasks > 1, "--fresh-tasks must be at least 2, because an interval needs two")
     if draw:
         found = differences(table)
+        print("T2MIR minus dense")
         print(markdown(found))
+        if any(
+            of_family["pairs"] < 3 for families in found.values() for of_family in families.values()
+        ):
+            print(FEW_SEEDS)
         save(picture(found), table.parent / "dial.png")
         if any("nan" not in row["cosine"] for row in read(table)):
             save(picture_of_cosines(read(table)), table.parent / "dial-gradients.png")
@@ -300,7 +320,9 @@ def main(
         c.eval_every = c.steps
         if gradients:
             c.eval_every = max(1, c.steps // 10)
-        measure(c, table, seeds, fresh_tasks)
+        if not dataset_path(c.data, name).exists():
+            collect(name, out=c.data, train_tasks=train_tasks, test_tasks=50)
+        measure(c, table, seeds, fresh_tasks, gradients)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ def cosines(model, data, groups, batches=BATCHES):
         for i in range(batches):
             torch.manual_seed(i)
             batch = t2mir.DRAW_BATCH[c.mode](c, x, i, 2 * int(members.sum()))
+            batch = batch.to(model.state_statistics.device)
             outputs, _ = model.predict(batch)
             loss = loss + model.policy.loss(outputs, batch.targets)
         # InfoNCE's W and the noise of the token router have no part in acting.

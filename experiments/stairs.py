@@ -5,12 +5,13 @@
     python experiments/stairs.py draw --mode dpt
 
 The first stair is the published form (`--recipe paper`). Each of the next ones takes one change of
-`Config` more, and the last one is ours. "without X" is ours with one change taken back. On each
-stair there is a T2MIR agent, and a dense one.
+`Config` more, and with all of them it is ours. "without X" is ours with one change taken back. On
+each stair there is a T2MIR agent, and a dense one.
 
 `choose` tries the learning rates of GRID with seed 0, in 40 training tasks that it holds out for
 this. Stairs that differ in nothing but how the agent acts share a trained agent, so they share its
-learning rate too: the one with the best score, averaged over these stairs and over all episodes.
+learning rate too: the one with the best score, averaged over these stairs and over all episodes. A
+chosen rate at an end of GRID says that a better one may lie outside.
 `measure` trains with the chosen rates and several seeds, and acts in fresh tasks. Both add a row to
 the table for each stair, agent, rate and seed, and skip what the table has. `draw` makes a picture
 and prints the table with intervals.
@@ -38,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import t2mir
 from collect import require, run_command
 from envs import sample_tasks
-from experiments.compare import append, interval
+from experiments.compare import FEW_SEEDS, append, interval
 from experiments.figures import save
 from experiments.report import open_run
 
@@ -62,7 +63,7 @@ AGENTS = {"t2mir": {}, "dense": {"token_moe": False, "task_moe": False}}
 GRID = (2e-3, 5e-3, 1.25e-2)  # learning rates
 VALIDATION_TASKS = 40
 # Of these episodes the table has the score in each task.
-COLUMNS = {"episode_1": 1, "episode_2": 2, "episode_5": 5, "last": 0}
+COLUMNS = {"episode_1": 1, "episode_2": 2, "episode_5": 5, "last": None}
 
 
 def stairs(env, mode):
@@ -88,32 +89,41 @@ def training(fields):
 
 
 def trained(c):
-    """The folder of the trained agent of a Config. A run that has ended is not repeated."""
+    """The folder of the trained agent of a Config. A run that has ended is not repeated.
+
+    Raises BadInput if the folder holds a run with other settings.
+    """
     folder = Path(c.runs) / c.name
     if not (folder / "ckpt.pt").exists():
         return t2mir.train(c)
     saved = t2mir.read_checkpoint(folder)
+    wanted = dataclasses.asdict(c) | {"data": str(Path(c.data).resolve())}
+    different = [name for name in wanted if wanted[name] != saved["config"][name]]
+    names = ", ".join(different)
+    require(not different, f"{folder} is a run with other settings ({names}): move it away")
     if saved["step"] < c.steps:
-        t2mir.train(t2mir.Config(**saved["config"]), folder)
+        t2mir.train(c, folder)
     return folder
 
 
 def act(run, fields, fresh_tasks):
-    """The held-out loss of a run, and its scores if it acts as `fields` say, (tasks, episodes).
+    """What a run is worth: its held-out loss in each held-out task, scores, and its dataset.
 
-    It acts in as many fresh tasks, or if this is 0 in the held-out tasks of its training.
+    The scores, (tasks, episodes), are those of an agent that acts as `fields` say in as many fresh
+    tasks, or if this is 0 in the held-out tasks of its training.
     """
     model, data, _, held_out = open_run(run)
     c = model.config
     model.config = dataclasses.replace(c, **{k: v for k, v in fields.items() if k in ACTING})
-    heldout = t2mir.held_out_loss(model, t2mir.to_tensors(data, held_out))
+    x = t2mir.to_tensors(data, held_out)
+    heldout = [t2mir.held_out_loss(model, x | {"tasks": task}) for task in x["tasks"].split(1)]
     tasks = data["tasks"][held_out]
     if fresh_tasks > 0:
         tasks = sample_tasks(c.env, fresh_tasks, [1, 2])
     returns = t2mir.evaluate(model, tasks, c.eval_episodes, 1)["rewards"].sum(-1).numpy()
     low = data["random_return"].mean()
     high = data["expert_return"].mean()
-    return heldout, (returns - low) / (high - low)
+    return heldout, (returns - low) / (high - low), data["fingerprint"][:8]
 
 
 def read(table):
@@ -145,10 +155,13 @@ def best_rate(rows, env, mode, shared, agent):
 
 
 def commit():
-    """The commit of this code."""
+    """The commit of this code; empty if there is no git."""
     command = ["git", "describe", "--always", "--dirty"]
     folder = Path(__file__).parent
-    done = subprocess.run(command, check=True, cwd=folder, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, check=False, cwd=folder, capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
     return done.stdout.strip()
 
 
@@ -171,13 +184,14 @@ def climb(c, table, names, agents, seeds, fresh_tasks):
                 for seed in seeds:
                     key = {"env": c.env, "mode": c.mode, "stair": name, "agent": agent}
                     key |= {"tasks": kind, "lr": f"{lr:.5g}", "seed": str(seed)}
+                    key |= {"steps": str(c.steps), "count": str(fresh_tasks)}
                     if not any(key.items() <= row.items() for row in read(table)):
                         append(table, key | measured(c, key, fields, fresh_tasks))
 
 
 def measured(c, key, fields, fresh_tasks):
     """Trains one agent and acts with it; the other cells of its row of the table."""
-    name = f"stairs/{c.env}-{c.mode}/{training(fields)}/{key['agent']}-lr{key['lr']}"
+    name = f"stairs/{c.env}-{c.mode}-{c.steps}/{training(fields)}/{key['agent']}-lr{key['lr']}"
     if key["tasks"] == "validation":
         name += "-validation"
     fields_of_run = fields | AGENTS[key["agent"]] | {"name": f"{name}-seed{key['seed']}"}
@@ -186,17 +200,22 @@ def measured(c, key, fields, fresh_tasks):
         fields_of_run["val_tasks"] = VALIDATION_TASKS
     # The way of acting is no part of the trained agent, which several stairs share.
     ours = t2mir.preset(c.env, c.mode)
-    fields_of_run |= {name: getattr(ours, name) for name in ACTING}
+    fields_of_run |= {field: getattr(ours, field) for field in ACTING}
     run = trained(dataclasses.replace(c, **fields_of_run))
 
-    heldout, score = act(run, fields, fresh_tasks)
-    cells = {"steps": c.steps, "heldout": heldout, "mean": percent(score.mean(0))}
+    heldout, score, dataset = act(run, fields, fresh_tasks)
+    cells = {"heldout": " ".join(f"{loss:.4f}" for loss in heldout)}
+    cells["mean"] = percent(score.mean(0))
     for column, episode in COLUMNS.items():
-        cells[column] = percent(score[:, episode - 1])
+        index = -1
+        if episode is not None:
+            index = episode - 1
+        cells[column] = percent(score[:, index])
     cells["after_1"] = percent(score[:, 1:].mean(1))
     said = ", ".join(key.values())
-    print(f"{said}: held-out {heldout:.4f}, percent by episode {cells['mean']}", flush=True)
-    cells["commit"] = commit()
+    loss = np.mean(heldout)
+    print(f"{said}: held-out {loss:.4f}, percent by episode {cells['mean']}", flush=True)
+    cells |= {"dataset": dataset, "commit": commit()}
     return cells
 
 
@@ -212,22 +231,32 @@ def seeds_and_tasks(rows, column):
     """A column of the rows of one agent and stair as an array (seeds, tasks)."""
     rows = sorted(rows, key=lambda row: int(row["seed"]))
     if column == "heldout":
-        return np.array([[float(row["heldout"])] for row in rows])
+        return np.array([row["heldout"].split() for row in rows], float)
     return np.stack([of_episode(row, column) for row in rows])
 
 
 def by_stair(table, env, mode):
-    """The rows in fresh tasks: a dict stair -> agent -> list of rows, where both agents exist."""
+    """The rows in fresh tasks of the seeds that both agents have: stair -> agent -> list of rows.
+
+    Raises BadInput if the runs of an agent on a stair differ in more than their seeds.
+    """
     found = {}
     for name in stairs(env, mode):
         agents = {}
         for agent in AGENTS:
             wanted = {"env": env, "mode": mode, "stair": name, "agent": agent, "tasks": "fresh"}
             agents[agent] = [row for row in read(table) if wanted.items() <= row.items()]
-        seeds = [sorted(row["seed"] for row in rows) for rows in agents.values()]
-        if seeds[0] and seeds[0] == seeds[1]:
-            found[name] = agents
-    require(found, f"{table} has no stair of {env} and {mode} with the same seeds of both agents")
+            same = ("lr", "steps", "count", "dataset")
+            alike = len({tuple(row[name] for name in same) for row in agents[agent]}) <= 1
+            advice = "name another --table"
+            require(
+                alike, f"{table}: {agent} agents of {name!r} differ in more than seeds: {advice}"
+            )
+        first, second = agents.values()
+        both = {row["seed"] for row in first} & {row["seed"] for row in second}
+        if both:
+            found[name] = {a: [r for r in rows if r["seed"] in both] for a, rows in agents.items()}
+    require(found, f"{table} has no stair of {env} and {mode} with a seed that both agents have")
     return found
 
 
@@ -322,6 +351,8 @@ def main(
         climb(c, table, stair, agents, seeds, fresh_tasks)
     else:
         found = by_stair(table, env, mode)
+        if any(len(agents["dense"]) < 3 for agents in found.values()):
+            print(FEW_SEEDS)
         print(markdown(found))
         title = f"{env}, {mode.upper()}"
         save(picture(found, title), table.parent / f"stairs-{env}-{mode}.png")

@@ -585,6 +585,28 @@ def test_scores_of_a_stair(climbed, folder):
     assert numbers(row["mean"]) == pytest.approx(score.mean(0), abs=0.051)
     assert numbers(row["episode_5"]) == pytest.approx(score[:, 4], abs=0.051)
     assert numbers(row["after_1"]) == pytest.approx(score[:, 1:].mean(1), abs=0.051)
+    # The held-out loss is that of each test task.
+    x = t2mir.to_tensors(data, data["test"])
+    losses = [t2mir.held_out_loss(agent, x | {"tasks": task}) for task in x["tasks"].split(1)]
+    assert numbers(row["heldout"]) == pytest.approx(losses, abs=6e-5)
+
+
+def test_a_run_with_other_settings_is_not_taken_for_a_stair(climbed):
+    """It lies where the run of the stair would be, but has trained with other settings."""
+    c = climbed[1]
+    folder = next(Path(c.runs).rglob("dense-lr*-seed1")).relative_to(c.runs)
+    with pytest.raises(BadInput, match="other settings"):
+        stairs.trained(dataclasses.replace(c, name=str(folder)))
+
+
+def test_runs_that_differ_in_more_than_seeds_are_no_stair(climbed, tmp_path):
+    rows = climbed[0].read_text().splitlines()
+    lr = stairs.read(climbed[0])[-1]["lr"]
+    rows[-1] = rows[-1].replace(f"fresh,{lr},", "fresh,0.5,")
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(rows) + "\n")
+    with pytest.raises(BadInput, match="more than seeds"):
+        stairs.by_stair(table, "point_robot", "dpt")
 
 
 def test_best_learning_rate_of_a_stair(monkeypatch):
@@ -611,7 +633,7 @@ def test_picture_of_stairs(climbed, tmp_path, capsys):
     table.write_bytes(climbed[0].read_bytes())
     stairs.main("draw", table=table)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + 2 + 1
+    assert len(lines) == 1 + 2 + 2 + 1
     assert imageio.imread(tmp_path / "stairs-point_robot-dpt.png").std() > 0
 
 
@@ -685,7 +707,7 @@ def test_table_of_the_dial(monkeypatch, tmp_path, capsys):
         ("dense", "1"),
     ]
     # The last cosine is that of the trained agent, without dropout and noise.
-    agent = t2mir.load_agent("runs/dial/data8/turned90-dpt-dense-seed1")
+    agent = t2mir.load_agent("runs/dial/data8/turned90-dpt-6-dense-seed1-gradients")
     data = load(path)
     cosines = gradients.cosines(agent, data, dial.groups("turned90", data), dial.BATCHES)
     expected = cosines[~torch.eye(4, dtype=torch.bool)].mean().item()
@@ -694,9 +716,9 @@ def test_table_of_the_dial(monkeypatch, tmp_path, capsys):
 
     capsys.readouterr()
     dial.main(draw=True)
-    heldout = [float(row["heldout"]) for row in rows]
+    heldout = [np.mean(numbers(row["heldout"])) for row in rows]
     expected = (heldout[0] - heldout[1] + heldout[2] - heldout[3]) / 2
-    line = capsys.readouterr().out.splitlines()[0].split(" | ")
+    line = capsys.readouterr().out.splitlines()[3].split(" | ")
     assert line[:4] == ["| dpt", "data8", "turned90", "2"]
     assert float(line[6].split()[0]) == pytest.approx(expected, abs=6e-4)
     assert imageio.imread("figures/dial.png").std() > 0
