@@ -10,9 +10,10 @@ With a large X, two tasks with the same goal do so as well, and the actions that
 say nothing without the movement that followed. In `mixed` a quarter of the tasks each is plain,
 turned by any angle, mirrored, and scaled to between 0.3 and 1 of its size.
 
-The first command collects data (`--train-tasks` 200 or 1,000), trains T2MIR and its dense baseline
-with each of the seeds and the default settings of Point-Robot, measures them in fresh tasks, and
-adds a row for each run to a table. The second command draws T2MIR minus dense against the dial.
+The first command collects data (`--train-tasks` 200 or 1,000) and trains T2MIR and its dense
+baseline with each of the seeds and the default settings of Point-Robot, AD with `--steps 3000 --lr
+8e-3`. It measures them in fresh tasks, and adds a row for each run to a table. The second command
+draws T2MIR minus dense against the dial.
 
 With --gradients, a run logs at ten points of its training how alike the gradients of four groups of
 training tasks are: the mean cosine of different groups. A group has a quarter of the angles, or in
@@ -316,7 +317,10 @@ def main(
         t2mir.measure = with_cosines(t2mir.measure)
     for name in family:
         require(name in FAMILIES, f"no family {name!r}: there are {', '.join(FAMILIES)}")
-        c = t2mir.preset(name, mode, data=f"data{train_tasks}", runs=runs)
+        given = {}
+        if mode == "ad":
+            given = {"steps": 3_000, "lr": 8e-3, "eval_episodes": 30}
+        c = t2mir.preset(name, mode, data=f"data{train_tasks}", runs=runs, **given)
         c.eval_every = c.steps
         if gradients:
             c.eval_every = max(1, c.steps // 10)

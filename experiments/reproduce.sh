@@ -4,7 +4,7 @@
 #     sh experiments/reproduce.sh defaults
 #
 # The times are minutes of one core of an AMD EPYC; two names at once use two cores. The data comes first, in a minute
-# or two, Walker2d's in 16. Tables are printed and written to figures/; a comparison adds a row to figures/pairs.csv. Runs that have
+# (HalfCheetah's in 4, Walker2d's in 16). Tables are printed and written to figures/; a comparison adds a row to figures/pairs.csv. Runs that have
 # ended are not repeated. Where RESULTS.md names an older commit, check that one out: its data were collected in another
 # way, and these names do the same with today's data.
 set -e
@@ -145,14 +145,14 @@ changes) # 90 minutes: each change of AD and DPT taken away, and the published f
         shift
         run "$name" $ad --eval-every 3000 --eval-episodes 30 "$@"
     done ;;
-stairs) # from the published agents to ours, one change at a time: MODE dpt or ad, two hours and four
+stairs) # 190 minutes for `stairs dpt`, 12 hours for `stairs ad`: from the published agents to ours, change by change
     data point_robot
     mode=${2:-dpt}
     for command in choose measure draw; do python experiments/stairs.py $command --mode "$mode"; done ;;
-dial) # T2MIR minus dense where tasks conflict: two hours for each mode and number of tasks
+dial) # 160 minutes for `dial dpt 200`, four hours for `dial ad 200`: T2MIR minus dense where tasks conflict
     python experiments/dial.py --mode "${2:-dpt}" --train-tasks "${3:-200}"
     python experiments/dial.py --draw ;;
-defaults) # 85 minutes: the default agents and their dense baselines, but for AD on Point-Robot (`ad`)
+defaults) # 140 minutes: the default agents and their dense baselines, but for AD on Point-Robot (`ad`)
     agents=""
     for agent in point_robot-dpt cheetah_vel-dpt cheetah_vel-ad walker_param-dpt; do
         env=${agent%-*} mode=${agent#*-}
