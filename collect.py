@@ -493,7 +493,7 @@ class Settings:
     critic_norm: bool = False  # layer norm in the critics
     random_steps: int = 800  # steps with uniformly random actions before learning starts
     train_tasks: int = 200  # tasks to train in-context agents on
-    test_tasks: int = 50  # tasks held out for their evaluation
+    test_tasks: int = 50  # tasks held out for their evaluation, drawn after the training tasks
     episodes: int = 400  # episodes stored per task, evenly spaced; at most those that were made
     history: float = 0.667  # part of the run that is stored; the rest only makes a better expert
     seed: int = 0  # random seed, which also draws the tasks
@@ -812,8 +812,8 @@ class Collection:
         """Draws which task the agent is told in each copy of this round, (num, copies).
 
         It is the copy's own task, but in the last of several copies a random one of the same split,
-        mostly another: there the agent acts as a guest. An agent that is told a fast run shows in a
-        slow task what it is like to be too fast.
+        mostly another: there the agent acts as a guest. For example, it is told a fast run
+        in a slow task, and the data shows the rewards of running too fast.
         """
         s = self.s
         told = torch.arange(self.num, device=self.device)[:, None].repeat(1, s.copies)

@@ -37,7 +37,7 @@ Decision-Pretrained Transformer (DPT). The context is a prompt: K episodes of an
                                                         q2 the whole prompt and itself, q3 only
                                                         itself.
 
-This file changes both algorithms. The changes that matter have a switch each, marked "change" in
+This file changes both algorithms. The main changes have a switch each, marked "change" in
 `Config`, and `--recipe paper` takes these back.
 
 T2MIR changes the transformer: in some blocks the feed-forward layer becomes two mixtures of experts
@@ -118,11 +118,11 @@ class Config:
     late_episode: bool = True  # change, AD: only actions of a late running episode are predicted
     worse_episodes: bool = True  # change, AD: the finished episodes are mostly bad ones
     clean_targets: bool = True  # change, AD: the targets are the learner's actions without noise
-    guests: bool = True  # change, AD: in some episodes the learner acts for another task
+    guests: bool = True  # change, AD: draws episodes in which the learner was told another task
     remember_best: bool = True  # change, acting: an agent remembers its best episodes
     grow_prompt: bool = True  # change, DPT acting: in the first episode the prompt is its own steps
     policy: Literal["gaussian", "squared"] = "gaussian"  # change: not a squared error
-    sample: bool = True  # change: actions are sampled, to explore
+    sample: bool = True  # change, acting: actions are sampled, to explore
     optimizer: Literal["muon", "adamw"] = "muon"  # change: Muon for the hidden matrices
     stride: int = 1  # change: the context holds every n-th step of an episode, to save time
 

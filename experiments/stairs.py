@@ -9,12 +9,13 @@ The first stair is the published form (`--recipe paper`). Each of the next ones 
 each stair there is a T2MIR agent, and a dense one.
 
 `choose` tries the learning rates of GRID with seed 0, in 40 training tasks that it holds out for
-this. Stairs that differ in nothing but how the agent acts share a trained agent, so they share its
-learning rate too: the one with the best score, averaged over these stairs and over all episodes. A
-chosen rate at an end of GRID says that a better one may lie outside.
+this. Some changes affect acting only, and stairs that differ only in these use one
+trained agent. Its learning rate is the one with the best mean score over these stairs and all
+episodes. If it is the lowest or the highest of GRID, a better one may lie outside.
 `measure` trains with the chosen rates and several seeds, and acts in fresh tasks. Both add a row to
 the table for each stair, agent, rate and seed, and skip what the table has. `draw` makes a picture
-and prints the table with intervals.
+and prints the table with intervals. What a change is worth is a stair minus the one before it, or
+ours minus the stair without the change, in pairs of T2MIR's runs with the same seed.
 
 A score is (R - R_random) / (R_expert - R_random) with the mean returns of the dataset's tasks.
 """
@@ -25,6 +26,7 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -260,11 +262,25 @@ def by_stair(table, env, mode):
     return found
 
 
-def difference(agents, column):
-    """T2MIR minus dense, and its interval, in pairs of runs with the same seed."""
-    first = seeds_and_tasks(agents["t2mir"], column)
-    second = seeds_and_tasks(agents["dense"], column)
-    return interval(np.mean, first - second)
+def difference(first, second, column):
+    """First minus second, lists of rows, and its interval, in pairs of runs with the same seed."""
+    both = {row["seed"] for row in first} & {row["seed"] for row in second}
+    first = [row for row in first if row["seed"] in both]
+    second = [row for row in second if row["seed"] in both]
+    return interval(np.mean, seeds_and_tasks(first, column) - seeds_and_tasks(second, column))
+
+
+def worth(found):
+    """What the change of a stair is worth to T2MIR: a dict stair -> difference, see `draw`."""
+    climbed = [name for name in found if not name.startswith("without")]
+    ours = found[climbed[-1]]["t2mir"]
+    values = {}
+    for below, name in pairwise(climbed):
+        values[name] = difference(found[name]["t2mir"], found[below]["t2mir"], "after_1")
+    for name in found:
+        if name not in climbed:
+            values[name] = difference(ours, found[name]["t2mir"], "after_1")
+    return values
 
 
 def markdown(found):
@@ -272,8 +288,10 @@ def markdown(found):
     titles = ["stair", "learning rates", "seeds"]
     titles += [f"T2MIR, {column.replace('_', ' ')}" for column in COLUMNS]
     titles += [f"dense, {column.replace('_', ' ')}" for column in COLUMNS]
+    titles += ["worth to T2MIR, episodes 2 to last"]
     titles += ["T2MIR minus dense, episodes 2 to last", "the same, held-out loss"]
     lines = [" | ".join(titles), "|".join(["---"] * len(titles))]
+    values = worth(found)
     for name, agents in found.items():
         rates = [agents[agent][0]["lr"] for agent in AGENTS]
         cells = [name, ", ".join(rates), str(len(agents["t2mir"]))]
@@ -281,8 +299,10 @@ def markdown(found):
             for column in COLUMNS:
                 values = interval(np.mean, seeds_and_tasks(agents[agent], column))
                 cells.append("{:.2f} [{:.2f}, {:.2f}]".format(*values))
+        differences = [values.get(name, (np.nan, np.nan, np.nan))]
         for column in ("after_1", "heldout"):
-            cells.append("{:.3f} [{:.3f}, {:.3f}]".format(*difference(agents, column)))
+            differences.append(difference(agents["t2mir"], agents["dense"], column))
+        cells += ["{:.3f} [{:.3f}, {:.3f}]".format(*x) for x in differences]
         lines.append(" | ".join(cells))
     return "\n".join(f"| {line} |" for line in lines)
 
@@ -299,7 +319,7 @@ def picture(found, title):
             label = f"{agent}, {column.replace('_', ' ')}".replace("t2mir", "T2MIR")
             bars = [mean - low, high - mean]
             above.errorbar(x, mean, bars, fmt=marker, color=f"C{i}", lw=1, ms=4, label=label)
-    values = [difference(agents, "after_1") for agents in found.values()]
+    values = [difference(a["t2mir"], a["dense"], "after_1") for a in found.values()]
     mean, low, high = np.array(values).T
     below.errorbar(np.arange(len(found)), mean, [mean - low, high - mean], fmt="ko", lw=1, ms=4)
     below.axhline(0, color="k", lw=1)

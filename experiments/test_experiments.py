@@ -628,6 +628,18 @@ def test_best_learning_rate_of_a_stair(monkeypatch):
         stairs.best_rate(rows, "point_robot", "dpt", ["c"], "dense")
 
 
+def test_worth_of_a_change(monkeypatch):
+    """It is the gain over the stair before, or the loss without the change, in pairs of seeds."""
+    scores = {"published": (10, 20), "+ a": (30, 50), "+ b": (31, 52), "without a": (11, 12)}
+    found = {}
+    for name, of_seeds in scores.items():
+        rows = [{"seed": str(i), "after_1": f"{x} {x}"} for i, x in enumerate(of_seeds)]
+        found[name] = {"t2mir": rows[::-1], "dense": []}
+    found["+ a"]["t2mir"].append({"seed": "7", "after_1": "90 90"})  # without a partner
+    means = {name: value[0] for name, value in stairs.worth(found).items()}
+    assert means == pytest.approx({"+ a": 0.25, "+ b": 0.015, "without a": 0.3})
+
+
 def test_picture_of_stairs(climbed, tmp_path, capsys):
     table = tmp_path / "table.csv"
     table.write_bytes(climbed[0].read_bytes())
