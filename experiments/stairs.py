@@ -291,7 +291,7 @@ def markdown(found):
     titles += ["worth to T2MIR, episodes 2 to last"]
     titles += ["T2MIR minus dense, episodes 2 to last", "the same, held-out loss"]
     lines = [" | ".join(titles), "|".join(["---"] * len(titles))]
-    values = worth(found)
+    worths = worth(found)
     for name, agents in found.items():
         rates = [agents[agent][0]["lr"] for agent in AGENTS]
         cells = [name, ", ".join(rates), str(len(agents["t2mir"]))]
@@ -299,7 +299,7 @@ def markdown(found):
             for column in COLUMNS:
                 values = interval(np.mean, seeds_and_tasks(agents[agent], column))
                 cells.append("{:.2f} [{:.2f}, {:.2f}]".format(*values))
-        differences = [values.get(name, (np.nan, np.nan, np.nan))]
+        differences = [worths.get(name, (np.nan, np.nan, np.nan))]
         for column in ("after_1", "heldout"):
             differences.append(difference(agents["t2mir"], agents["dense"], column))
         cells += ["{:.3f} [{:.3f}, {:.3f}]".format(*x) for x in differences]
