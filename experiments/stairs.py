@@ -9,9 +9,9 @@ The first stair is the published form (`--recipe paper`). Each of the next ones 
 each stair there is a T2MIR agent, and a dense one.
 
 `choose` tries the learning rates of GRID with seed 0, in 40 training tasks that it holds out for
-this. Some changes affect acting only, and stairs that differ only in these use one
-trained agent. Its learning rate is the one with the best mean score over these stairs and all
-episodes. If it is the lowest or the highest of GRID, a better one may lie outside.
+this. The rate of a stair is the one with the best mean score over all episodes. If it is the lowest
+or the highest of GRID, a better one may lie outside. Some changes affect acting only, and stairs
+with the same rate that differ only in these use one trained agent.
 `measure` trains with the chosen rates and several seeds, and acts in fresh tasks. Both add a row to
 the table for each stair, agent, rate and seed, and skip what the table has. `draw` makes a picture
 and prints the table with intervals. What a change is worth is a stair minus the one before it, or
@@ -25,7 +25,6 @@ import dataclasses
 import os
 import subprocess
 import sys
-from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -141,19 +140,17 @@ def of_episode(row, column):
     return np.array(row[column].split(), float) / 100
 
 
-def best_rate(rows, env, mode, shared, agent):
-    """The learning rate of the trained agent that the stairs `shared` share."""
-    score = defaultdict(list)  # by learning rate
+def best_rate(rows, env, mode, name, agent):
+    """The learning rate of an agent on the stair `name`, from the rows of `choose`."""
+    wanted = {"env": env, "mode": mode, "stair": name, "agent": agent, "tasks": "validation"}
+    score = {}
     for row in rows:
-        of_agent = (row["env"], row["mode"], row["agent"]) == (env, mode, agent)
-        if row["tasks"] == "validation" and of_agent and row["stair"] in shared:
-            score[float(row["lr"])].append(of_episode(row, "mean").mean())
-    missing = [lr for lr in GRID if len(score[lr]) < len(shared)]
+        if wanted.items() <= row.items():
+            score[float(row["lr"])] = of_episode(row, "mean").mean()
+    missing = [lr for lr in GRID if lr not in score]
     advice = "first choose the learning rates with `choose`"
-    require(
-        not missing, f"the table has no {agent} agent of {shared[0]!r} with {missing}: {advice}"
-    )
-    return max(GRID, key=lambda lr: np.mean(score[lr]))
+    require(not missing, f"the table has no {agent} agent of {name!r} with {missing}: {advice}")
+    return max(GRID, key=score.get)
 
 
 def commit():
@@ -177,11 +174,10 @@ def climb(c, table, names, agents, seeds, fresh_tasks):
         kind = "validation"
     for name in names or found:
         fields = found[name]
-        shared = [other for other in found if training(found[other]) == training(fields)]
         for agent in agents:
             rates = GRID
             if kind == "fresh":
-                rates = [best_rate(read(table), c.env, c.mode, shared, agent)]
+                rates = [best_rate(read(table), c.env, c.mode, name, agent)]
             for lr in rates:
                 for seed in seeds:
                     key = {"env": c.env, "mode": c.mode, "stair": name, "agent": agent}
