@@ -37,8 +37,8 @@ Decision-Pretrained Transformer (DPT). The context is a prompt: K episodes of an
                                                         q2 the whole prompt and itself, q3 only
                                                         itself.
 
-This file changes both algorithms. The main changes have a switch each, marked "change" in
-`Config`, and `--recipe paper` takes these back.
+This file changes both algorithms. The main changes have a switch each, marked "change" in `Config`,
+and `--recipe paper` takes these back.
 
 T2MIR changes the transformer: in some blocks the feed-forward layer becomes two mixtures of experts
 (MoE) side by side. In each of them a router sends a token to k of M small networks, its experts.

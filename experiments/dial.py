@@ -6,10 +6,9 @@
 In each task of these families the robot's movement is a matrix times its action, and neither the
 matrix nor the goal is observed. In `turnedX` the matrix turns the action by an angle from -X to X
 degrees. Two tasks with goals on opposite sides call for opposite actions in all of these families.
-With a large X, even two
-tasks with the same goal can need opposite actions. The agent then has to look at how the robot
-moved, and not only at which actions were taken. In `mixed` a quarter of the tasks each is plain,
-turned by any angle, mirrored, and scaled to between 0.3 and 1 of its size.
+With a large X, even two tasks with the same goal can need opposite actions. The agent then has to
+look at how the robot moved, and not only at which actions were taken. In `mixed` a quarter of the
+tasks each is plain, turned by any angle, mirrored, and scaled to between 0.3 and 1 of its size.
 
 The first command collects data (`--train-tasks` 200 or 1,000) and trains T2MIR and its dense
 baseline with each of the seeds and the default settings of Point-Robot, AD with `--steps 3000 --lr

@@ -4,8 +4,8 @@
 #     sh experiments/reproduce.sh defaults
 #
 # The times are minutes of one core of an AMD EPYC; two names at once use two cores. The data comes first, in a minute
-# (HalfCheetah's in 4, Walker2d's in 16). Tables are printed and written to figures/; a comparison adds a row to figures/pairs.csv. Runs that have
-# ended are not repeated. Where RESULTS.md names an older commit, check that one out: its data were collected in another
+# (HalfCheetah's in 4, Walker2d's in 16). Tables are printed and written to figures/; a comparison adds a row to
+# figures/pairs.csv. Runs that have ended are not repeated. Where RESULTS.md names an older commit, check that one out: its data were collected in another
 # way, and these names do the same with today's data.
 set -e
 cd "$(dirname "$0")/.."

@@ -11,11 +11,11 @@ each stair there is a T2MIR agent, and a dense one.
 `choose` tries the learning rates of GRID with seed 0, in 40 training tasks that it holds out for
 this. The rate of a stair is the one with the best mean score over all episodes. If it is the lowest
 or the highest of GRID, a better one may lie outside. Some changes affect acting only, and stairs
-with the same rate that differ only in these use one trained agent.
-`measure` trains with the chosen rates and several seeds, and acts in fresh tasks. Both add a row to
-the table for each stair, agent, rate and seed, and skip what the table has. `draw` makes a picture
-and prints the table with intervals. What a change is worth is a stair minus the one before it, or
-ours minus the stair without the change, in pairs of T2MIR's runs with the same seed.
+with the same rate that differ only in these use one trained agent. `measure` trains with the chosen
+rates and several seeds, and acts in fresh tasks. Both add a row to the table for each stair, agent,
+rate and seed, and skip what the table has. `draw` makes a picture and prints the table with
+intervals. What a change is worth is a stair minus the one before it, or ours minus the stair
+without the change, in pairs of T2MIR's runs with the same seed.
 
 A score is (R - R_random) / (R_expert - R_random) with the mean returns of the dataset's tasks.
 """
@@ -63,8 +63,7 @@ ACTING = ("sample", "grow_prompt", "remember_best")
 AGENTS = {"t2mir": {}, "dense": {"token_moe": False, "task_moe": False}}
 GRID = (2e-3, 5e-3, 1.25e-2)  # learning rates
 VALIDATION_TASKS = 40
-# Of these episodes the table has the score in each task.
-COLUMNS = {"episode_1": 1, "episode_2": 2, "episode_5": 5, "last": None}
+COLUMNS = {"episode_1": 0, "episode_2": 1, "episode_5": 4, "last": -1}  # column -> index of episode
 
 
 def stairs(env, mode):
@@ -204,10 +203,7 @@ def measured(c, key, fields, fresh_tasks):
     heldout, score, dataset = act(run, fields, fresh_tasks)
     cells = {"heldout": " ".join(f"{loss:.4f}" for loss in heldout)}
     cells["mean"] = percent(score.mean(0))
-    for column, episode in COLUMNS.items():
-        index = -1
-        if episode is not None:
-            index = episode - 1
+    for column, index in COLUMNS.items():
         cells[column] = percent(score[:, index])
     cells["after_1"] = percent(score[:, 1:].mean(1))
     said = ", ".join(key.values())
