@@ -10,7 +10,8 @@ each stair there is a T2MIR agent, and a dense one.
 
 `choose` tries the learning rates of GRID with seed 0, in 40 training tasks that it holds out for
 this. The rate of a stair is the one with the best mean score over all episodes. If it is the lowest
-or the highest of GRID, a better one may lie outside. Some changes affect acting only, and stairs
+or the highest of GRID, a better one may lie outside. A stair that was left out (`--stair`) takes
+the rate of one that has the same optimizer and policy. Some changes affect acting only, and stairs
 with the same rate that differ only in these use one trained agent. `measure` trains with the chosen
 rates and several seeds, and acts in fresh tasks. Both add a row to the table for each stair, agent,
 rate and seed, and skip what the table has. `draw` makes a picture and prints the table with
@@ -140,16 +141,33 @@ def of_episode(row, column):
 
 
 def best_rate(rows, env, mode, name, agent):
-    """The learning rate of an agent on the stair `name`, from the rows of `choose`."""
-    wanted = {"env": env, "mode": mode, "stair": name, "agent": agent, "tasks": "validation"}
-    score = {}
-    for row in rows:
-        if wanted.items() <= row.items():
-            score[float(row["lr"])] = of_episode(row, "mean").mean()
+    """The learning rate of an agent on the stair `name`, from the rows of `choose`.
+
+    They are the stair's own rows. If there are none, they are those of the first stair that has
+    rows and the same optimizer and policy. Raises BadInput if a rate of GRID is missing.
+    """
+    found = stairs(env, mode)
+    alike = [other for other in found if matters(found[other]) == matters(found[name])]
+    for candidate in (name, *alike):
+        wanted = {"env": env, "mode": mode, "stair": candidate, "agent": agent}
+        wanted |= {"tasks": "validation"}
+        score = {}
+        for row in rows:
+            if wanted.items() <= row.items():
+                score[float(row["lr"])] = of_episode(row, "mean").mean()
+        if score:
+            break
     missing = [lr for lr in GRID if lr not in score]
     advice = "first choose the learning rates with `choose`"
-    require(not missing, f"the table has no {agent} agent of {name!r} with {missing}: {advice}")
+    require(
+        not missing, f"the table has no {agent} agent of {candidate!r} with {missing}: {advice}"
+    )
     return max(GRID, key=score.get)
+
+
+def matters(fields):
+    """What in a stair's fields the best learning rate depends on most."""
+    return fields["optimizer"], fields["policy"]
 
 
 def commit():

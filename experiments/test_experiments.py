@@ -5,6 +5,7 @@ python -m pytest -q experiments/test_experiments.py
 
 import csv
 import dataclasses
+import json
 import shlex
 import sys
 from itertools import pairwise
@@ -15,8 +16,12 @@ import numpy as np
 import pytest
 import torch
 import tyro
+from matplotlib import pyplot
+from matplotlib.backend_bases import MouseEvent
+from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
+AGENTS = HERE / "agents"
 sys.path.insert(0, str(HERE.parent))
 import t2mir
 from collect import BadInput, collect, load
@@ -27,6 +32,7 @@ from experiments import (
     dial,
     figures,
     gradients,
+    pack,
     routing,
     stairs,
     subset,
@@ -411,9 +417,9 @@ def test_watched_agent_acts_as_it_is_evaluated(name, train):
     """The returns are those of `evaluate`, and there is a state for each time of each episode."""
     agent = t2mir.load_agent(train(f"watch-{name}", env=name, stride=10))
     tasks = sample_tasks(name, 1, seed=0)
-    states, returns = watch.act(agent, tasks, 2)
-    history = t2mir.evaluate(agent, tasks, 2, seed=1)
-    np.testing.assert_array_equal(returns, history["rewards"].sum(-1).numpy())
+    states, history = watch.act(agent, tasks, 2)
+    expected = t2mir.evaluate(agent, tasks, 2, seed=1)
+    np.testing.assert_array_equal(history["rewards"], expected["rewards"])
     vec = make_vec(name, tasks)
     vec.reset(seed=0)
     assert states.shape == (2, vec.horizon + 1, 1, vec.state.shape[1])
@@ -440,6 +446,94 @@ def test_gif_of_a_run(made, train, tmp_path):
     watch.main(train("moe0", seed=0), tasks=1, episodes=1, out=tmp_path)
     frames = imageio.imread(tmp_path / "moe0.gif")
     assert (frames[0] != frames[-1]).any()
+
+
+@pytest.mark.parametrize("mode", ["dpt", "ad"])
+def test_gates_of_watched_episodes(mode, train):
+    """They are those of the tokens of an episode that is read alone, with dropout and noise off."""
+    agent = t2mir.load_agent(train(f"gates-{mode}", mode=mode))
+    _, history = watch.act(agent, np.array([[0.5, -0.7]]), 2)
+    found = watch.gates_of_episodes(agent, history)
+    for episode in range(2):
+        steps = [history[name][:, episode] for name in ("states", "actions", "rewards")]
+        x = agent.embed_steps(t2mir.Steps(*steps, torch.arange(agent.horizon)[None]))
+        L = x.shape[1]
+        sees = (
+            torch.ones(L, L).tril().bool()
+        )  # one row for each token, and no kernel for causal ones
+        _, routings = agent.transform(x, sees[None])
+        for gates, of_moe in zip(found, routings):
+            for token in range(L):
+                chosen = of_moe.chosen[0, token]
+                expected = np.zeros(gates.shape[2])
+                expected[chosen] = of_moe.gates[0, token].detach()
+                assert gates[episode, token] == pytest.approx(expected, abs=1e-5)
+
+
+def test_gates_appear_with_the_movement():
+    """At time t those of the states, actions and rewards before t are drawn."""
+    gates = np.random.default_rng(0).uniform(0.1, 1, (9, 4))
+    ax = Figure().subplots()
+    draw = watch.draw_gates(ax, gates, np.array([0, 5, 10]), "")
+    for t, known in ((0, 0), (1, 3), (5, 3), (6, 6), (11, 9)):
+        draw(t)
+        shown = ax.images[0].get_array().T
+        np.testing.assert_array_equal(shown[:known], gates[:known])
+        assert (shown[known:] == 0).all()
+
+
+def test_gif_of_a_goal(made, train, tmp_path):
+    watch.main(train("moe0", seed=0), goal=(0.5, -0.7), episodes=2, out=tmp_path)
+    frames = imageio.imread(tmp_path / "moe0.gif")
+    assert (frames[0] != frames[-1]).any()
+    for goal in ((0.5,), (1, 2, 3)):
+        with pytest.raises(BadInput, match="--goal"):
+            watch.main(train("moe0", seed=0), goal=goal, out=tmp_path)
+
+
+def test_click_sets_a_goal(made, train, monkeypatch):
+    """In the window the agent acts, and after a click it acts for another goal."""
+    goals = []
+    act = watch.act
+    monkeypatch.setattr(watch, "act", lambda *x: goals.append(x[1].tolist()) or act(*x))
+    monkeypatch.setattr(pyplot, "show", lambda: None)
+    animation = watch.open_window(t2mir.load_agent(train("moe0", seed=0)), (0.5, -0.7), 1)
+    canvas = pyplot.gcf().canvas
+    canvas.draw()  # starts the animation
+    animation._step()
+    ax = pyplot.gcf().axes[0]
+    x, y = ax.transData.transform((-0.25, 0.75))
+    canvas.callbacks.process("button_press_event", MouseEvent("button_press_event", canvas, x, y))
+    animation._step()
+    assert goals == [[[0.5, -0.7]], [pytest.approx([-0.25, 0.75])]]
+    pyplot.close("all")
+
+
+def test_packed_agent(made, train, tmp_path):
+    """It is small, acts as its file says, and holds the command that trained it."""
+    run = train("moe0", seed=0)
+    pack.main(run, tmp_path / "agent")
+    about = json.loads((tmp_path / "agent" / "agent.json").read_text())
+    assert about["score"] == pytest.approx(pack.mean_scores(tmp_path / "agent"), abs=6e-4)
+    assert about["score"] == pytest.approx(pack.mean_scores(run), abs=0.05)
+    assert (tmp_path / "agent" / "ckpt.pt").stat().st_size < (run / "ckpt.pt").stat().st_size / 3
+    words = about["command"].split()
+    assert words[:6] == ["python", "t2mir.py", "--env", "point_robot", "--mode", "dpt"]
+    given = tyro.cli(t2mir.Config, default=t2mir.preset(), args=words[2:])
+    trained = t2mir.read_checkpoint(run)["config"]
+    for name in trained.keys() - {"data", "runs", "name", "device"}:
+        assert getattr(given, name) == trained[name]
+
+
+@pytest.mark.parametrize("folder_of_agent", sorted(AGENTS.iterdir()), ids=lambda path: path.name)
+def test_stored_agent_scores_what_its_file_says(folder_of_agent):
+    about = json.loads((folder_of_agent / "agent.json").read_text())
+    agent = t2mir.load_agent(folder_of_agent)
+    with np.load(folder_of_agent / "result.npz") as arrays:
+        result = dict(arrays)
+    history = t2mir.evaluate(agent, result["tasks"], 2, 1)
+    found = t2mir.scores(history["rewards"].sum(-1).numpy(), result, slice(None)).mean(0)
+    assert found == pytest.approx(about["score"][:2], abs=0.03)
 
 
 def test_last_picture_stands_for_a_second():
@@ -614,18 +708,28 @@ def test_best_learning_rate_of_a_stair(monkeypatch):
     monkeypatch.setattr(stairs, "GRID", (1e-3, 1e-2))
     key = {"env": "point_robot", "mode": "dpt", "tasks": "validation", "agent": "dense"}
     rows = [
-        key | {"stair": "a", "lr": "0.001", "mean": "10 90"},
-        key | {"stair": "a", "lr": "0.01", "mean": "20 60"},
-        key | {"stair": "a", "lr": "0.01", "mean": "99 99", "tasks": "fresh"},
-        key | {"stair": "a", "lr": "0.01", "mean": "99 99", "agent": "t2mir"},
-        key | {"stair": "b", "lr": "0.001", "mean": "0 20"},
-        key | {"stair": "b", "lr": "0.01", "mean": "50 50"},
-        key | {"stair": "c", "lr": "0.001", "mean": "100 100"},
+        key | {"stair": "published", "lr": "0.001", "mean": "10 90"},
+        key | {"stair": "published", "lr": "0.01", "mean": "20 60"},
+        key | {"stair": "published", "lr": "0.01", "mean": "99 99", "tasks": "fresh"},
+        key | {"stair": "published", "lr": "0.01", "mean": "99 99", "agent": "t2mir"},
+        key | {"stair": "+ policy", "lr": "0.001", "mean": "0 20"},
+        key | {"stair": "+ policy", "lr": "0.01", "mean": "50 50"},
+        key | {"stair": "+ optimizer", "lr": "0.001", "mean": "100 100"},
+        key | {"stair": "+ sample", "lr": "0.001", "mean": "7 9"},
+        key | {"stair": "+ sample", "lr": "0.01", "mean": "7 8"},
     ]
-    assert stairs.best_rate(rows, "point_robot", "dpt", "a", "dense") == 1e-3
-    assert stairs.best_rate(rows, "point_robot", "dpt", "b", "dense") == 1e-2
-    with pytest.raises(BadInput, match="first choose"):
-        stairs.best_rate(rows, "point_robot", "dpt", "c", "dense")
+
+    def best(name):
+        return stairs.best_rate(rows, "point_robot", "dpt", name, "dense")
+
+    assert best("published") == 1e-3
+    assert best("+ policy") == 1e-2
+    assert best("+ sample") == 1e-3
+    # A stair without rows: its optimizer and policy are those of "+ policy".
+    assert best("+ remember_best") == 1e-2
+    for name in ("+ optimizer", "without optimizer", "without policy"):
+        with pytest.raises(BadInput, match="first choose"):
+            best(name)
 
 
 def test_worth_of_a_change(monkeypatch):

@@ -1,25 +1,36 @@
 """Shows a trained agent in unseen tasks: a GIF with a row for each task, a column for each episode.
 
     python experiments/watch.py RUN [--tasks 3] [--episodes 3]
+    python experiments/watch.py RUN --goal 0.5 -0.7
+    python experiments/watch.py RUN --play
 
-Point-Robot: the path of each episode, and the goal, which the agent is not shown. HalfCheetah and
+RUN is the folder of a run, or one of experiments/agents/. Point-Robot: the path of each episode, and the goal, which the agent is not shown. HalfCheetah and
 Walker2d: the robot from the side, drawn from the simulator's own capsules, and below it its speed
 and the target (HalfCheetah), or the distance walked (Walker2d). Above each panel stands the score
 of the episode: 0 is a random agent, 1 the task's expert. The tasks are evenly spaced among the
 held-out tasks of the run, on HalfCheetah by their velocity. The file is FOLDER/NAME.gif.
+
+With --goal there is one task, a goal of Point-Robot (x, y) or a velocity of HalfCheetah, and below
+each episode stands what the two routers of the last T2MIR layer do with its tokens, in step with
+the movement: which experts they choose for each state, action and reward, and with which gate. With
+--play this is a window, one episode after the other, and a click on the map of Point-Robot sets a
+new goal for an agent without experience. `MPLBACKEND=webagg` (with `pip install tornado`) opens it
+in the browser instead.
 """
 
 import os
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "--play" not in sys.argv:
     os.environ["MPLBACKEND"] = "agg"  # the one that a notebook sets may not exist here
 
 import imageio.v3 as imageio
 import mujoco
 import numpy as np
+import torch
 import tyro
+from matplotlib.animation import FuncAnimation
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -27,12 +38,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import t2mir
 from collect import require, run_command, write_atomically
 from envs import make_vec
+from experiments.routing import route
 
 FRAMES_PER_SECOND = 10
+EVERY_NTH = {"point_robot": 1, "cheetah_vel": 2, "walker_param": 2}  # step is drawn
 
 
 def act(agent, tasks, episodes):
-    """Physical states (episodes, T + 1, N, state_dim) and returns (N, episodes) of an agent."""
+    """Physical states (episodes, T + 1, N, state_dim) of an agent, and its history."""
     vec = make_vec(agent.config.env, tasks)
     reset = vec.reset
     step = vec.step
@@ -52,7 +65,7 @@ def act(agent, tasks, episodes):
     vec.step = watched_step
     history = t2mir.evaluate(agent, vec, episodes, seed=1)
     vec.close()
-    return np.array(states), history["rewards"].sum(-1).numpy()
+    return np.array(states), history
 
 
 def draw_point(ax, states, task):
@@ -110,6 +123,42 @@ def draw_robot(ax, states, task, vec):
     return draw
 
 
+def draw_gates(ax, gates, steps, title):
+    """Prepares a panel of the gates (L, experts) of an episode's tokens s a r s a r ...
+
+    Returns a function that draws those of the tokens up to time t; there is one state, action and
+    reward for each of `steps` (S,) times.
+    """
+    image = ax.imshow(np.zeros_like(gates.T), vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    image.set_interpolation("nearest")
+    ax.set(xticks=[], yticks=[])
+    ax.set_title(title, fontsize=7, pad=2)
+
+    def draw(t):
+        shown = np.zeros_like(gates)
+        known = 3 * (steps < t).sum()
+        shown[:known] = gates[:known]
+        image.set_data(shown.T)
+
+    return draw
+
+
+@torch.no_grad()
+def gates_of_episodes(agent, history):
+    """Gates (episodes, L, experts) of each MoE for the tokens of the episodes in one task.
+
+    `history` is as of `evaluate` with N = 1. A token that does not choose an expert has gate 0.
+    """
+    names = ("states", "actions", "rewards")
+    episodes = {name: history[name][0] for name in names}
+    L = 3 * len(range(0, agent.horizon, agent.config.stride))
+    found = []
+    for routing in route(agent, episodes):
+        gates = torch.zeros_like(routing.logits).scatter(-1, routing.chosen, routing.gates)
+        found.append(gates[:, :L].numpy())
+    return found
+
+
 def pick_tasks(every, number):
     """Indices of `number` of the tasks `every` (N, task_dim), evenly spaced."""
     N = len(every)
@@ -128,49 +177,149 @@ def make_frames(env, states, tasks, scores):
     N, episodes = scores.shape
     width = 2.6
     height = 2.1
-    every_nth = 2  # step
     if env == "point_robot":
         width = 1.7
         height = 1.85
-        every_nth = 1
     fig = Figure(figsize=(width * episodes, height * N), dpi=80)
-    canvas = FigureCanvasAgg(fig)
     axes = fig.subplots(N, episodes, squeeze=False)
     top = 1 - 0.22 / (height * N)
     fig.subplots_adjust(0.01, 0.01, 0.99, top, hspace=0.14, wspace=0.03)
     vec = make_vec(env, tasks)
     panels = []
     for (i, j), ax in np.ndenumerate(axes):
-        ax.set_title(f"episode {j + 1}: score {scores[i, j]:.2f}", fontsize=8, pad=3)
-        if env == "point_robot":
-            panels.append(draw_point(ax, states[j, :, i], tasks[i]))
-        else:
-            panels.append(draw_robot(ax, states[j, :, i], tasks[i], vec))
-    last = states.shape[1] - 1
-    times = [*range(0, last, every_nth)]
-    times += [last] * FRAMES_PER_SECOND  # the last picture stands for a second
+        title = f"episode {j + 1}: score {scores[i, j]:.2f}"
+        panels.append(draw_task(ax, env, states[j, :, i], tasks[i], vec, title))
+    frames = frames_of(fig, panels, states.shape[1] - 1, env)
+    vec.close()
+    return frames
+
+
+def draw_task(ax, env, states, task, vec, title):
+    """Prepares a panel of an episode in one task; returns a function that draws time t."""
+    ax.set_title(title, fontsize=8, pad=3)
+    if env == "point_robot":
+        return draw_point(ax, states, task)
+    return draw_robot(ax, states, task, vec)
+
+
+def times_of(last, env):
+    """The times of an episode that are drawn; the last one is drawn for a second."""
+    return [*range(0, last, EVERY_NTH[env])] + [last] * FRAMES_PER_SECOND
+
+
+def frames_of(fig, panels, last, env):
+    """The pictures from time 0 to `last`, drawn by the functions `panels`."""
+    canvas = FigureCanvasAgg(fig)
     frames = []
-    for t in times:
+    for t in times_of(last, env):
         for draw in panels:
             draw(t)
         canvas.draw()
         frames.append(np.asarray(canvas.buffer_rgba())[..., :3].copy())
-    vec.close()
     return frames
+
+
+# ---- One task, with the routers ------------------------------------------------------------------
+
+
+class Episodes:
+    """What an agent does in one task, episode after episode, and what its routers do with it."""
+
+    def __init__(self, agent, goal, episodes):
+        self.agent = agent
+        self.env = agent.config.env
+        self.goal = np.array(goal, float)
+        self.states, history = act(agent, self.goal[None], episodes)
+        self.returns = history["rewards"][0].sum(-1).numpy()
+        self.gates = gates_of_episodes(agent, history)
+        self.vec = make_vec(self.env, self.goal[None])
+
+    def draw(self, axes, episode):
+        """Prepares three panels of an episode; returns functions that draw time t."""
+        title = f"episode {episode + 1}: return {self.returns[episode]:.1f}"
+        states = self.states[episode, :, 0]
+        panels = [draw_task(axes[0], self.env, states, self.goal, self.vec, title)]
+        steps = np.arange(0, self.agent.horizon, self.agent.config.stride)
+        names = ("token-wise experts", "task-wise experts")
+        for ax, gates, name in zip(axes[1:], self.gates, names):
+            panels.append(draw_gates(ax, gates[episode], steps, name))
+        return panels
+
+
+def subplots_with_routers(fig, columns):
+    """Axes (3, columns): the robot above, and the two routers below."""
+    grid = {"height_ratios": (4, 1.4, 1.6)}
+    axes = fig.subplots(3, columns, squeeze=False, gridspec_kw=grid)
+    fig.subplots_adjust(0.02, 0.02, 0.98, 0.95, hspace=0.14, wspace=0.06)
+    return axes
+
+
+def frames_with_routers(agent, goal, episodes):
+    """The pictures of a GIF with one task and a column for each episode."""
+    found = Episodes(agent, goal, episodes)
+    fig = Figure(figsize=(2.6 * episodes, 4), dpi=80)
+    axes = subplots_with_routers(fig, episodes)
+    panels = []
+    for episode in range(episodes):
+        panels += found.draw(axes[:, episode], episode)
+    print(f"return by episode: {' '.join(f'{x:.1f}' for x in found.returns)}")
+    return frames_of(fig, panels, agent.horizon, found.env)
+
+
+def open_window(agent, goal, episodes):
+    """Opens a window in which the agent acts, one episode after the other, until it is closed.
+
+    A click on the map of Point-Robot sets a new goal.
+    """
+    from matplotlib import pyplot  # here, because it looks for a screen
+
+    fig = pyplot.figure(figsize=(4, 6))
+    axes = subplots_with_routers(fig, 1)[:, 0]
+    shown = steps_of(axes, Episodes(agent, goal, episodes))
+
+    def click(event):
+        nonlocal shown
+        if event.inaxes is axes[0] and agent.config.env == "point_robot":
+            goal = (event.xdata, event.ydata)
+            shown = steps_of(axes, Episodes(agent, goal, episodes))
+
+    fig.canvas.mpl_connect("button_press_event", click)
+    interval = 1000 / FRAMES_PER_SECOND
+    animation = FuncAnimation(
+        fig, lambda _: next(shown, None), interval=interval, cache_frame_data=False
+    )
+    pyplot.show()
+    return animation
+
+
+def steps_of(axes, found):
+    """A generator that draws the next step of the Episodes `found` in each turn."""
+    for episode in range(len(found.returns)):
+        for ax in axes:
+            ax.clear()
+        panels = found.draw(axes, episode)
+        for t in times_of(found.agent.horizon, found.env):
+            for draw in panels:
+                draw(t)
+            yield
 
 
 def main(
     run: tyro.conf.Positional[Path],
     tasks: int = 3,
     episodes: int = 3,
+    goal: tuple[float, ...] = (),
+    play: bool = False,
     out: Path = Path("figures"),
 ):
-    """Writes the GIF.
+    """Writes the GIF, or opens the window.
 
     Args:
         run: folder of a finished run
         tasks: number of tasks
         episodes: number of episodes
+        goal: one task of your own instead, with the routers: x and y, or a velocity
+        play: open a window instead of writing a file
         out: folder of the GIF
     """
     agent = t2mir.load_agent(run)
@@ -178,6 +327,31 @@ def main(
     drawn = ("point_robot", "cheetah_vel", "walker_param")
     require(env in drawn, f"{run} is of {env}: only {', '.join(drawn)} are drawn")
     require(episodes >= 1, "--episodes must be at least 1")
+    if play and not goal:
+        goal = {"point_robot": (0.5, -0.7), "cheetah_vel": (1.5,)}.get(env, ())
+    if goal or play:
+        numbers = {"point_robot": 2, "cheetah_vel": 1}.get(env, 0)
+        wanted = "two numbers on Point-Robot and one on HalfCheetah"
+        require(len(goal) == numbers > 0, f"--goal and --play: {env}'s goal must be {wanted}")
+        both = agent.config.token_moe and agent.config.task_moe
+        require(both, f"{run} lacks an MoE: --goal and --play show both routers")
+    if play:
+        open_window(agent, goal, episodes)
+        return
+    if goal:
+        frames = frames_with_routers(agent, goal, episodes)
+    else:
+        frames = frames_of_tasks(agent, run, tasks, episodes)
+    gif = imageio.imwrite(
+        "<bytes>", frames, extension=".gif", duration=1000 / FRAMES_PER_SECOND, loop=0
+    )
+    path = out / f"{run.resolve().name}.gif"
+    write_atomically(path, lambda file: file.write(gif))
+    print(f"{path}: {len(gif) / 1e6:.1f} MB")
+
+
+def frames_of_tasks(agent, run, tasks, episodes):
+    """The pictures of a GIF with as many of the run's held-out tasks as `tasks` says."""
     path = run / "result.npz"
     require(path.exists(), f"{path} is missing: python experiments/report.py {run}")
     with np.load(path) as arrays:
@@ -185,15 +359,9 @@ def main(
     require("tasks" in result, f"{path} has no tasks: the dataset had no returns")
     pick = pick_tasks(result["tasks"], tasks)
     picked = result["tasks"][pick]
-    states, returns = act(agent, picked, episodes)
-    scores = t2mir.scores(returns, result, pick)
-    frames = make_frames(env, states, picked, scores)
-    gif = imageio.imwrite(
-        "<bytes>", frames, extension=".gif", duration=1000 / FRAMES_PER_SECOND, loop=0
-    )
-    path = out / f"{run.resolve().name}.gif"
-    write_atomically(path, lambda file: file.write(gif))
-    print(f"{path}: {len(gif) / 1e6:.1f} MB")
+    states, history = act(agent, picked, episodes)
+    scores = t2mir.scores(history["rewards"].sum(-1).numpy(), result, pick)
+    return make_frames(agent.config.env, states, picked, scores)
 
 
 if __name__ == "__main__":
