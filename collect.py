@@ -355,8 +355,9 @@ def convert(where, name, x, discrete):
         x = x.astype(wanted, copy=False)
 
     # The extremes show what is not finite, and no second array is needed to find them.
-    low = float(x.min())
-    high = float(x.max())
+    extremes = [(part.min(), part.max()) for part in in_parts(x, f"checking {name}")]
+    low = float(np.min(extremes))
+    high = float(np.max(extremes))
     advice = "all episodes must have T steps, see exercise 6"
     require(-3e38 < low and high < 3e38, f"{where} has non-finite values in float32: {advice}")
     if name in ACTIONS:
@@ -369,12 +370,17 @@ def convert(where, name, x, discrete):
     return x
 
 
+def in_parts(x, what):
+    """The rows of an array, one after the other, with a bar if that takes long."""
+    return tqdm(x, what, leave=False, delay=5, disable=None)
+
+
 def fingerprint(arrays):
     """A sha256 of names, types, shapes and values, which is the same for every file with them."""
     digest = hashlib.sha256()
     for name, x in arrays.items():  # in the order of SHAPES
         digest.update(f"{name} {x.dtype} {x.shape}".encode())
-        for part in x:  # one task at a time, because `ascontiguousarray` may copy
+        for part in in_parts(x, f"reading {name}"):  # because `ascontiguousarray` may copy
             digest.update(np.ascontiguousarray(part))
     return digest.hexdigest()
 
@@ -387,10 +393,17 @@ def statistics(array, tasks):
     """
     chosen = np.flatnonzero(tasks)
     count = len(chosen) * array.shape[1] * array.shape[2]
-    mean = sum(array[i].sum((0, 1), dtype=np.float64) for i in chosen) / count
-    squares = sum(((array[i] - mean) ** 2).sum((0, 1)) for i in chosen)
-    low = np.min([array[i].min((0, 1)) for i in chosen], axis=0).astype(np.float64)
-    high = np.max([array[i].max((0, 1)) for i in chosen], axis=0).astype(np.float64)
+    total = np.zeros(array.shape[3])
+    low = np.full(array.shape[3], np.inf)
+    high = np.full(array.shape[3], -np.inf)
+    for i in in_parts(chosen, "mean of the training data"):
+        total += array[i].sum((0, 1), dtype=np.float64)
+        low = np.minimum(low, array[i].min((0, 1)))
+        high = np.maximum(high, array[i].max((0, 1)))
+    mean = total / count
+    squares = 0
+    for i in in_parts(chosen, "deviation of the training data"):
+        squares += ((array[i] - mean) ** 2).sum((0, 1))
     largest = np.maximum(abs(low), abs(high))
     std = np.sqrt(squares / count)
     std = np.where(std > 4 * np.finfo(array.dtype).eps * largest, std, largest)

@@ -13,6 +13,7 @@ last leaves out the lowest and the highest quarter of all runs and tasks.
 
 import csv
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -181,6 +182,17 @@ def means_of_logs(agents):
             values = [run["log"].get(name, np.nan) for run in agent.values()]
             cells[f"{which}_{name}"] = np.mean(values)
     return cells
+
+
+def commit():
+    """The commit of this code; empty if there is no git."""
+    command = ["git", "describe", "--always", "--dirty"]
+    folder = Path(__file__).parent
+    try:
+        done = subprocess.run(command, check=False, cwd=folder, capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip()
 
 
 def append(path, row):

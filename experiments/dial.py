@@ -40,10 +40,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import t2mir
 from collect import collect, dataset_path, require, run_command
 from envs import ENVS, PointRobot
-from experiments.compare import FEW_SEEDS, append, interval
+from experiments.compare import FEW_SEEDS, append, commit, interval
 from experiments.figures import save
 from experiments.gradients import cosines
-from experiments.stairs import AGENTS, act, commit, of_episode, percent, read, trained
+from experiments.stairs import AGENTS, act, of_episode, percent, read, trained
 
 ANGLES = (0, 45, 90, 180)  # degrees
 BATCHES = 5  # of a gradient

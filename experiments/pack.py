@@ -21,7 +21,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import t2mir
 from collect import require, run_command, write_atomically
-from experiments.stairs import commit
+from experiments.compare import commit
 
 
 def command_of(config):

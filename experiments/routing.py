@@ -7,9 +7,11 @@ them are their states. The picture, FOLDER/NAME-routing.png, has four panels: a 
 logits of the token-wise router, coloured by modality; the share of each modality's choices that
 goes to each expert; a map of the logits of the task-wise router after a whole episode, coloured by
 task; and how soon the task-wise router settles, which is the share of its experts after the whole
-episode that are already chosen after each step. The second and the fourth are printed too, and with
-a simulator whether the task-wise router chooses alike in an agent's own episodes and in stored
-ones.
+episode that are already chosen after each step. The second and the fourth are printed too. With a
+simulator it is also printed whether the task-wise router chooses alike in an agent's own episodes
+and in stored ones, and whether it chooses alike in tasks that are alike: the rank correlation, over
+all pairs of held-out tasks, of the distance of the tasks and the distance of their experts. The
+same is printed for the agent before its training.
 """
 
 import os
@@ -23,11 +25,14 @@ import numpy as np
 import torch
 import tyro
 from matplotlib.figure import Figure
+from scipy.spatial.distance import pdist
+from scipy.stats import spearmanr
 from sklearn.manifold import TSNE
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import t2mir
 from collect import require, run_command, write_atomically
+from experiments.compare import append, commit
 from experiments.report import open_run
 
 EPISODES = 10  # stored ones of each task, and own ones
@@ -99,7 +104,7 @@ def draw_tokens(ax, token, modality):
 
 
 def draw_shares(ax, token, modality):
-    """The share of each modality's choices that goes to each expert."""
+    """The share of each modality's choices that goes to each expert, (modalities, experts)."""
     chosen = choices(token)
     print("share of each modality's choices that goes to each expert of the token-wise MoE")
     shares = []
@@ -112,6 +117,7 @@ def draw_shares(ax, token, modality):
     ax.imshow(torch.stack(shares).numpy(), vmin=0, vmax=0.5, cmap="Blues", aspect="auto")
     ax.set_yticks(range(len(MODALITIES)), MODALITIES)
     ax.set(title="share of the modality's choices", xlabel="expert")
+    return torch.stack(shares)
 
 
 def draw_tasks(ax, logits, env, data, held_out):
@@ -154,7 +160,7 @@ def draw_settling(ax, chosen, times):
 
 
 def compare_contexts(own, stored):
-    """Prints the share of experts that two contexts of one task have in common.
+    """Prints the shares of experts that two contexts have in common, and returns them as a dict.
 
     `own` and `stored` (N, episodes, experts) are the choices of the task-wise router after an
     agent's own episodes and after stored ones.
@@ -165,19 +171,42 @@ def compare_contexts(own, stored):
 
     others = ~torch.eye(stored.shape[1], dtype=torch.bool)
     print("share of the task-wise MoE's experts that two contexts have in common")
-    print(f"two stored episodes of a task   {common(stored, stored)[:, others].mean():5.0%}")
-    print(f"an agent's own and a stored one {common(own, stored).mean():5.0%}")
-    print(f"stored ones of two tasks        {common(stored, stored.roll(1, 0)).mean():5.0%}")
+    shares = {
+        "two stored episodes of a task": common(stored, stored)[:, others].mean().item(),
+        "an agent's own and a stored one": common(own, stored).mean().item(),
+        "stored ones of two tasks": common(stored, stored.roll(1, 0)).mean().item(),
+    }
+    for name, share in shares.items():
+        print(f"{name:31} {share:5.0%}")
+    return shares
 
 
-def main(run: tyro.conf.Positional[Path], out: Path = Path("figures")):
+def correlation(tasks, chosen):
+    """Spearman's correlation of the distances of tasks and of their experts, over pairs of tasks.
+
+    tasks (N, task_dim), and the choices after episodes in them, (N, episodes, experts). The first
+    distance is Euclidean, the second one half of the sum of absolute differences between the tasks'
+    mean choices, which is 0 for the same experts and 1 for others.
+    """
+    between_experts = pdist(chosen.mean(1).numpy(), "cityblock") / 2
+    return spearmanr(pdist(tasks), between_experts).statistic
+
+
+def before_training(model, data, train_tasks):
+    """The agent as it was before the first step of its training."""
+    torch.manual_seed(model.config.seed)
+    return t2mir.new_model(model.config, data, train_tasks).eval()
+
+
+def main(run: tyro.conf.Positional[Path], out: Path = Path("figures"), csv: Path | None = None):
     """Draws and prints.
 
     Args:
         run: folder of a run
         out: folder of the picture
+        csv: file to which a row with what is printed is added
     """
-    model, data, _, held_out = open_run(run)
+    model, data, train_tasks, held_out = open_run(run)
     c = model.config
     N = int(held_out.sum())
     require(c.token_moe and c.task_moe, f"{run} lacks an MoE: both routers are drawn")
@@ -194,14 +223,27 @@ def main(run: tyro.conf.Positional[Path], out: Path = Path("figures")):
     fig = Figure(figsize=(17, 3.8))
     axes = fig.subplots(1, 4)
     draw_tokens(axes[0], token, modality)
-    draw_shares(axes[1], token, modality)
+    shares = draw_shares(axes[1], token, modality)
     draw_tasks(axes[2], task.logits[:, 3 * S - 1], c.env, data, held_out)
     draw_settling(axes[3], chosen, times)
     if data["simulator"]:
         history = t2mir.evaluate(model, data["tasks"][held_out], EPISODES, seed=1)
         _, of_own = route(model, arrays_of_episodes(history))
         own = choices(of_own)[:, 3 * S - 1]
-        compare_contexts(own.unflatten(0, (N, -1)), chosen[:, -1].unflatten(0, (N, -1)))
+        of_tasks = chosen[:, -1].unflatten(0, (N, -1))
+        row = {"env": c.env, "mode": c.mode, "layers": len(c.moe_layers), "seed": c.seed}
+        row["actions and rewards"] = torch.minimum(shares[1], shares[2]).sum().item()
+        row |= compare_contexts(own.unflatten(0, (N, -1)), of_tasks)
+        _, task = route(before_training(model, data, train_tasks), arrays_of_episodes(stored))
+        untrained = choices(task)[:, 3 * S - 1].unflatten(0, (N, -1))
+        tasks = data["tasks"][held_out]
+        print("rank correlation of the distance of tasks and the distance of their experts")
+        row["correlation"] = correlation(tasks, of_tasks)
+        row["correlation, untrained"] = correlation(tasks, untrained)
+        print(f"trained   {row['correlation']:5.2f}")
+        print(f"untrained {row['correlation, untrained']:5.2f}")
+        if csv is not None:
+            append(csv, row | {"commit": commit()})
 
     fig.tight_layout()
     name = run.resolve().name.removesuffix(".pt")

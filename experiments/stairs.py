@@ -24,7 +24,6 @@ A score is (R - R_random) / (R_expert - R_random) with the mean returns of the d
 import csv
 import dataclasses
 import os
-import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -41,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import t2mir
 from collect import require, run_command
 from envs import sample_tasks
-from experiments.compare import FEW_SEEDS, append, interval
+from experiments.compare import FEW_SEEDS, append, commit, interval
 from experiments.figures import save
 from experiments.report import open_run
 
@@ -168,17 +167,6 @@ def best_rate(rows, env, mode, name, agent):
 def matters(fields):
     """What in a stair's fields the best learning rate depends on most."""
     return fields["optimizer"], fields["policy"]
-
-
-def commit():
-    """The commit of this code; empty if there is no git."""
-    command = ["git", "describe", "--always", "--dirty"]
-    folder = Path(__file__).parent
-    try:
-        done = subprocess.run(command, check=False, cwd=folder, capture_output=True, text=True)
-    except FileNotFoundError:
-        return ""
-    return done.stdout.strip()
 
 
 def climb(c, table, names, agents, seeds, fresh_tasks):

@@ -6,9 +6,10 @@ python -m pytest -q experiments/test_experiments.py
 import csv
 import dataclasses
 import json
+import math
 import shlex
 import sys
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -38,6 +39,7 @@ from experiments import (
     subset,
     watch,
 )
+from experiments.report import open_run
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:.*Box observation space")
@@ -386,8 +388,38 @@ def test_routing_picture(mode, train, tmp_path, monkeypatch):
     """It is drawn for a run with three held-out tasks."""
     monkeypatch.setattr(routing, "POINTS", 100)  # for speed
     run = train(f"{mode}-routing", mode=mode)
-    routing.main(run, tmp_path)
+    routing.main(run, tmp_path, tmp_path / "routing.csv")
     assert (tmp_path / f"{mode}-routing-routing.png").stat().st_size > 10_000
+    (row,) = csv.DictReader((tmp_path / "routing.csv").open())
+    assert (row["env"], row["mode"], row["seed"]) == ("point_robot", mode, "0")
+    assert -1 <= float(row["correlation"]) <= 1
+
+
+def test_correlation_of_tasks_and_experts():
+    """It is that of the ranks of all distances, computed one pair after the other."""
+    rng = np.random.default_rng(0)
+    tasks = rng.normal(size=(6, 2))
+    chosen = torch.from_numpy(rng.dirichlet(np.ones(5), (6, 3)))
+    of_tasks = []
+    of_experts = []
+    for i, j in combinations(range(6), 2):
+        of_tasks.append(math.dist(tasks[i], tasks[j]))
+        shared = sum(min(a, b) for a, b in zip(chosen[i].mean(0), chosen[j].mean(0)))
+        of_experts.append(1 - shared.item())
+    ranks = [np.argsort(np.argsort(x)) for x in (of_tasks, of_experts)]
+    expected = np.corrcoef(*ranks)[0, 1]
+    assert routing.correlation(tasks, chosen) == pytest.approx(expected)
+
+
+def test_agent_before_training(made, train):
+    """It is the agent with which the run began, as a run that hardly moves shows."""
+    run = train("moe0", seed=0)
+    model, data, train_tasks, _ = open_run(run)
+    before = routing.before_training(model, data, train_tasks)
+    c = dataclasses.replace(model.config, runs=str(run.parent), name="untrained", lr=1e-12)
+    untrained = t2mir.load_agent(t2mir.train(c))
+    for a, b in zip(before.parameters(), untrained.parameters()):
+        assert torch.allclose(a, b, atol=1e-8)
 
 
 def test_routing_needs_both_routers(train):
