@@ -1099,7 +1099,7 @@ def remember(c, returns):
     priority = returns.clone()
     if c.mode == "ad":
         priority[:, -1] = math.inf
-    best = priority.topk(m).indices
+    best = priority.argsort(dim=1, stable=True)[:, -m:]  # of equal episodes the newest
     order = returns.gather(1, best).argsort(dim=1, stable=True)
     return best.gather(1, order)
 

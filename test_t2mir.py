@@ -451,11 +451,11 @@ def slow_memory(c, returns):
         room = c.context - 1
     if not c.remember_best:
         return [e for e in episodes if e >= len(returns) - room]
-    wanted = sorted(episodes, key=lambda e: -returns[e])
+    wanted = sorted(episodes, key=lambda e: (-returns[e], -e))  # of equal ones the newest first
     if c.mode == "ad" and episodes:  # the newest one comes first
         wanted.remove(episodes[-1])
         wanted.insert(0, episodes[-1])
-    return sorted(wanted[:room], key=lambda e: returns[e])
+    return sorted(wanted[:room], key=lambda e: (returns[e], e))
 
 
 def slow_outputs(model, history, episode):
@@ -766,10 +766,13 @@ def test_without_guests_their_episodes_are_never_drawn(recipe):
 @pytest.mark.parametrize("best", [False, True])
 @pytest.mark.parametrize("K", [1, 2, 3, 5, 9])
 def test_remembered_episodes_are_those_of_a_loop(mode, best, K):
-    """The last ones, or the best ones in the order of their returns, and in AD always the newest."""
+    """The last ones, or the best ones in the order of their returns, and in AD always the newest.
+
+    Where returns are equal, as before the first reward, newer episodes count as better.
+    """
     c = tiny(mode, remember_best=best, context=K)
     for M in range(7):
-        returns = torch.randn(5, M, generator=torch.Generator().manual_seed(M))
+        returns = torch.randint(4, (20, M), generator=torch.Generator().manual_seed(M)).double()
         expected = [slow_memory(c, row) for row in returns.tolist()]
         assert t2mir.remember(c, returns).tolist() == expected
 
