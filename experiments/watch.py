@@ -4,11 +4,12 @@
     python experiments/watch.py RUN --goal 0.5 -0.7
     python experiments/watch.py RUN --play
 
-RUN is the folder of a run, or one of experiments/agents/. Point-Robot: the path of each episode, and the goal, which the agent is not shown. HalfCheetah and
-Walker2d: the robot from the side, drawn from the simulator's own capsules, and below it its speed
-and the target (HalfCheetah), or the distance walked (Walker2d). Above each panel stands the score
-of the episode: 0 is a random agent, 1 the task's expert. The tasks are evenly spaced among the
-held-out tasks of the run, on HalfCheetah by their velocity. The file is FOLDER/NAME.gif.
+RUN is the folder of a run, or one of experiments/agents/. Point-Robot: the path of each episode,
+and the goal, which the agent is not shown. HalfCheetah and Walker2d: the robot from the side, drawn
+from the simulator's own capsules, and below it its speed and the target (HalfCheetah), or the
+distance walked (Walker2d). Above each panel stands the score of the episode: 0 is a random agent, 1
+the task's expert. The tasks are evenly spaced among the held-out tasks of the run, on HalfCheetah
+by their velocity. The file is FOLDER/NAME.gif.
 
 With --goal there is one task, a goal of Point-Robot (x, y) or a velocity of HalfCheetah, and below
 each episode stands what the two routers of the last T2MIR layer do with its tokens, in step with
@@ -240,7 +241,7 @@ class Episodes:
         states = self.states[episode, :, 0]
         panels = [draw_task(axes[0], self.env, states, self.goal, self.vec, title)]
         steps = np.arange(0, self.agent.horizon, self.agent.config.stride)
-        names = ("token-wise experts", "task-wise experts")
+        names = ("token-wise experts, tokens s a r s a r ...", "task-wise experts")
         for ax, gates, name in zip(axes[1:], self.gates, names):
             panels.append(draw_gates(ax, gates[episode], steps, name))
         return panels
