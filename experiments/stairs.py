@@ -60,6 +60,18 @@ ORDER = {
     ),
 }
 ACTING = ("sample", "grow_prompt", "remember_best")
+IN_WORDS = {
+    "stride": "every n-th step",
+    "worse_episodes": "worse episodes",
+    "late_episode": "a late episode",
+    "clean_targets": "targets without noise",
+    "guests": "guests",
+    "optimizer": "Muon",
+    "policy": "Gaussian policy",
+    "sample": "sampled actions",
+    "grow_prompt": "growing prompt",
+    "remember_best": "best remembered",
+}
 AGENTS = {"t2mir": {}, "dense": {"token_moe": False, "task_moe": False}}
 GRID = (2e-3, 5e-3, 1.25e-2)  # learning rates
 VALIDATION_TASKS = 40
@@ -81,6 +93,12 @@ def stairs(env, mode):
             back["guests"] = False  # or guests would be imitated
         found[f"without {name}"] = fields | back
     return found
+
+
+def in_words(name):
+    """The name of a stair as it is printed: "+ Muon" for "+ optimizer"."""
+    *sign, change = name.split()
+    return " ".join([*sign, IN_WORDS.get(change, change)])
 
 
 def training(fields):
@@ -292,7 +310,7 @@ def markdown(found):
     worths = worth(found)
     for name, agents in found.items():
         rates = [agents[agent][0]["lr"] for agent in AGENTS]
-        cells = [name, ", ".join(rates), str(len(agents["t2mir"]))]
+        cells = [in_words(name), ", ".join(rates), str(len(agents["t2mir"]))]
         for agent in AGENTS:
             for column in COLUMNS:
                 values = interval(np.mean, seeds_and_tasks(agents[agent], column))
@@ -307,25 +325,30 @@ def markdown(found):
 
 def picture(found, title):
     """Scores by stair above, and T2MIR minus dense below."""
+    climbed = len([name for name in found if not name.startswith("without")])
+    place = np.arange(len(found), dtype=float)
+    place[climbed:] += 0.5
     fig = Figure(figsize=(1.5 + 0.75 * len(found), 6.5), layout="tight")
     above, below = fig.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     for i, column in enumerate(COLUMNS):
-        for agent, marker in zip(AGENTS, ("o-", "s--")):
+        for agent, marker, line in (("t2mir", "o", "-"), ("dense", "s", "--")):
             values = [interval(np.mean, seeds_and_tasks(a[agent], column)) for a in found.values()]
             mean, low, high = np.array(values).T
-            x = np.arange(len(found)) + 0.12 * (agent == "dense")
+            x = place + 0.12 * (agent == "dense")
             label = f"{agent}, {column.replace('_', ' ')}".replace("t2mir", "T2MIR")
-            bars = [mean - low, high - mean]
-            above.errorbar(x, mean, bars, fmt=marker, color=f"C{i}", lw=1, ms=4, label=label)
+            style = {"fmt": marker, "color": f"C{i}", "lw": 1, "ms": 4, "label": label}
+            above.errorbar(x, mean, [mean - low, high - mean], **style)
+            above.plot(x[:climbed], mean[:climbed], line, color=f"C{i}", lw=1)
     values = [difference(a["t2mir"], a["dense"], "after_1") for a in found.values()]
     mean, low, high = np.array(values).T
-    below.errorbar(np.arange(len(found)), mean, [mean - low, high - mean], fmt="ko", lw=1, ms=4)
+    below.errorbar(place, mean, [mean - low, high - mean], fmt="ko", lw=1, ms=4)
     below.axhline(0, color="k", lw=1)
     above.axhline(1, color="k", ls=":", lw=1)
     above.set(ylabel="score in fresh tasks", title=title)
-    above.legend(fontsize=7, ncols=2)
+    above.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.02))
     below.set_ylabel("T2MIR minus dense,\nepisodes 2 to last", fontsize=8)
-    below.set_xticks(range(len(found)), list(found), rotation=60, ha="right", fontsize=8)
+    names = [in_words(name) for name in found]
+    below.set_xticks(place, names, rotation=60, ha="right", fontsize=8)
     return fig
 
 
@@ -372,7 +395,7 @@ def main(
         if any(len(agents["dense"]) < 3 for agents in found.values()):
             print(FEW_SEEDS)
         print(markdown(found))
-        title = f"{env}, {mode.upper()}"
+        title = f"From the published {mode.upper()} to ours, on {env}"
         save(picture(found, title), table.parent / f"stairs-{env}-{mode}.png")
 
 
