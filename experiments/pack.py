@@ -61,7 +61,7 @@ def main(run: tyro.conf.Positional[Path], out: Path):
     saved = t2mir.read_checkpoint(run)
     require(saved["step"] == saved["config"]["steps"], f"{run} is not finished")
     require((run / "result.npz").exists(), f"{run} has no result.npz: run experiments/report.py")
-    command = command_of(saved["config"])
+    about = {"command": command_of(saved["config"]), "commit": commit()}
     del saved["optimizers"]
     saved["config"] |= {"data": "data", "runs": "runs"}  # not the folders of this computer
     for name, x in saved["model"].items():
@@ -70,8 +70,7 @@ def main(run: tyro.conf.Positional[Path], out: Path):
     write_atomically(out / "ckpt.pt", lambda file: torch.save(saved, file))
     shutil.copy(run / "result.npz", out)
     scores = [round(float(score), 3) for score in mean_scores(out)]
-    about = {"command": command, "commit": commit(), "score": scores}
-    text = json.dumps(about, indent=1) + "\n"
+    text = json.dumps(about | {"score": scores}) + "\n"
     write_atomically(out / "agent.json", lambda file: file.write(text.encode()))
     size = sum(file.stat().st_size for file in out.iterdir())
     print(f"{out}: {size / 1e6:.1f} MB, mean score by episode {scores}")
