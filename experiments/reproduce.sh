@@ -5,8 +5,8 @@
 #
 # The times are minutes of one core of an AMD EPYC; two names at once use two cores. The data comes first, in a minute
 # (HalfCheetah's in 4, Walker2d's in 16). Tables are printed and written to figures/; a comparison adds a row to
-# figures/pairs.csv. Runs that have ended are not repeated. Where RESULTS.md names an older commit, check that one out: its data were collected in another
-# way, and these names do the same with today's data.
+# figures/pairs.csv. Runs that have ended are not repeated. Where RESULTS.md names an older commit, check that one out:
+# its data were collected in another way, and these names do the same with today's data.
 set -e
 cd "$(dirname "$0")/.."
 data() { [ -f "data/$1.npz" ] || python collect.py --env "$1"; }
@@ -145,7 +145,7 @@ changes) # 90 minutes: each change of AD and DPT taken away, and the published f
         shift
         run "$name" $ad --eval-every 3000 --eval-episodes 30 "$@"
     done ;;
-stairs) # 190 minutes for `stairs dpt`, 12 hours for `stairs ad`: from the published agents to ours, change by change
+stairs) # 210 minutes for `stairs dpt`, 14 hours for `stairs ad`: from the published agents to ours, change by change
     data point_robot
     mode=${2:-dpt}
     for command in choose measure draw; do python experiments/stairs.py $command --mode "$mode"; done ;;
@@ -167,10 +167,9 @@ defaults) # 140 minutes: the default agents and their dense baselines, but for A
     for env in point_robot cheetah_vel walker_param; do python experiments/watch.py "runs/$env-dpt-seed0"; done ;;
 gradients) # 2 minutes after `defaults` and `ad`
     python experiments/gradients.py $(for a in dpt dpt-dense ad ad-dense; do runs point_robot-$a "0 1 2"; done) ;;
-routing) # 11 minutes after `defaults` and `ad`
-    run cheetah_vel-dpt-all-seed0 --env cheetah_vel --moe-layers 0 1 2 3
-    for agent in point_robot-dpt point_robot-ad cheetah_vel-dpt cheetah_vel-dpt-all; do
-        python experiments/routing.py runs/$agent-seed0
+routing) # 5 minutes after `defaults`; adds rows to figures/routing.csv
+    for agent in point_robot-dpt cheetah_vel-dpt cheetah_vel-ad; do
+        for run in $(runs $agent "0 1 2"); do python experiments/routing.py "$run" --csv figures/routing.csv; done
     done ;;
 drawings) # 1 minute after any of the comparisons
     python experiments/draw_layer.py
