@@ -248,7 +248,7 @@ def picture(found):
     below.set_xticks(range(len(names)), names)
     for ax in (above, below):
         ax.axhline(0, color="k", lw=1)
-    above.legend(fontsize=8)
+    above.legend(fontsize=8, loc="lower left")
     return fig
 
 
