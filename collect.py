@@ -380,7 +380,7 @@ def fingerprint(arrays):
     digest = hashlib.sha256()
     for name, x in arrays.items():  # in the order of SHAPES
         digest.update(f"{name} {x.dtype} {x.shape}".encode())
-        for part in in_parts(x, f"reading {name}"):  # because `ascontiguousarray` may copy
+        for part in in_parts(x, f"reading {name}"):  # in parts, as `ascontiguousarray` may copy
             digest.update(np.ascontiguousarray(part))
     return digest.hexdigest()
 

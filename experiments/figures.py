@@ -10,18 +10,15 @@ intervals of `compare.interval`. The picture has a column for each environment: 
 the last episode while training (the paper's Fig. 3), with a line for each run; below, the score by
 episode in context. An agent has the colour of its dense baseline, which is dashed.
 
-The second command draws the comparisons of a table of compare.py: all of them (pairs.png), and
-those whose labels end with a number of tasks or steps, against this number (growth.png). In both
-panels of pairs.png the first agent is better on the right of the line; the axes are linear near 0
-and logarithmic outside. In a label such as "DPT, 2,500 steps: 45 tasks" the name of a group stands
-before the colon.
+The second command draws the comparisons of a table of compare.py (pairs.png). In both panels the
+first agent is better on the right of the line; the axes are linear near 0 and logarithmic outside.
+In a label such as "DPT, 2,500 steps: 45 tasks" the name of a group stands before the colon.
 """
 
 import csv
 import dataclasses
 import io
 import os
-import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -47,7 +44,6 @@ COLUMNS = ("environment", "agent", "seeds", "episode 1", "episode 2", "episodes 
 COLUMNS += ("hidden", "other")
 
 COLORS = {"dpt": "C0", "ad": "C1"}
-UNITS = {"training_tasks": "tasks", "steps": "steps"}  # column of the table -> what it counts
 LINEAR = 0.02  # half of the range in which the axes of pairs.png are linear
 
 
@@ -288,51 +284,12 @@ def draw_pairs(rows):
     return fig
 
 
-def draw_growth(rows):
-    """The figure growth.png: differences of scores by number of training tasks and of steps."""
-    rows = [row for row in rows if re.search(r"[0-9] (tasks|steps)$", row["label"])]
-    fig = Figure(figsize=(9, 3.4), layout="tight")
-    axes = fig.subplots(1, 2, sharey=True)
-    axes[0].set_ylabel("score in fresh tasks:\nT2MIR minus the dense agent", fontsize=8)
-    for ax, x, other in zip(axes, UNITS, reversed(UNITS)):
-        curves = defaultdict(dict)  # (mode, the other number) -> x -> row
-        for row in rows:
-            curves[row["mode"], int(row[other])][int(row[x])] = row
-        curves = sorted((key, curve) for key, curve in curves.items() if len(curve) > 1)
-        for i, ((mode, number), curve) in enumerate(curves):
-            at = np.array(sorted(curve))
-            middle, low, high = np.array([numbers(curve[n], "score") for n in at]).T
-            ax.errorbar(
-                at * 1.04 ** (i - len(curves) / 2),  # side by side, so that bars do not overlap
-                middle,
-                [middle - low, high - middle],
-                capsize=2,
-                color=COLORS[mode],
-                ls=("-", "--", ":")[i % 3],
-                marker="os^D"[i % 4],
-                ms=4,
-                lw=1.2,
-                label=f"{mode.upper()}, {number:,} {UNITS[other]}",
-            )
-        ticks = sorted({n for _, curve in curves for n in curve})
-        ax.set_xscale("log")
-        ax.set_xticks(ticks, [f"{n:,}" for n in ticks], rotation=90)
-        ax.minorticks_off()
-        ax.axhline(0, color="k", lw=1)
-        ax.set_xlabel(f"training {UNITS[x]}", fontsize=8)
-        ax.tick_params(labelsize=8)
-        if curves:
-            ax.legend(fontsize=7)
-    return fig
-
-
 def compare_pairs(table, out):
-    """Draws pairs.png and growth.png from a table of compare.py into the folder `out`."""
+    """Draws pairs.png from a table of compare.py into the folder `out`."""
     with open(table, newline="") as file:
         rows = list(csv.DictReader(file))
     require(rows and "score_difference" in rows[0], f"{table} has no row of compare.py")
     save(draw_pairs(rows), out / "pairs.png")
-    save(draw_growth(rows), out / "growth.png")
 
 
 def main(
@@ -340,7 +297,7 @@ def main(
     pairs: Path | None = None,
     out: Path = Path("figures"),
 ):
-    """Makes the tables and pictures of runs, or the pictures of a table of pairs.
+    """Makes the tables and pictures of runs, or the picture of a table of pairs.
 
     Args:
         runs: folders of finished runs

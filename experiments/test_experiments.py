@@ -368,9 +368,9 @@ def test_command_of_a_run(given):
 
 
 def test_pictures_are_drawn(made, tmp_path):
-    """The runs' picture and both pictures of the pairs are PNG files."""
+    """The runs' picture and that of the pairs are PNG files."""
     figures.main(pairs=HERE / "results/pairs.csv", out=tmp_path)
-    for path in (made[0] / "scores.png", tmp_path / "pairs.png", tmp_path / "growth.png"):
+    for path in (made[0] / "scores.png", tmp_path / "pairs.png"):
         assert path.read_bytes()[:4] == b"\x89PNG"
 
 
