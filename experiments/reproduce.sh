@@ -172,7 +172,7 @@ routing) # 5 minutes after `defaults`; adds rows to figures/routing.csv
         for run in $(runs $agent "0 1 2"); do python experiments/routing.py "$run" --csv figures/routing.csv; done
     done ;;
 drawings) # 1 minute after any of the comparisons
-    python experiments/draw_layer.py
+    python experiments/drawings.py --out figures
     python experiments/figures.py --pairs figures/pairs.csv ;;
 *) grep '^[a-z-]*) #' experiments/reproduce.sh ;;
 esac

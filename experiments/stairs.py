@@ -11,7 +11,7 @@ each stair there is a T2MIR agent, and a dense one.
 `choose` tries the learning rates of GRID with seed 0, in 40 training tasks that it holds out for
 this. The rate of a stair is the one with the best mean score over all episodes. If it is the lowest
 or the highest of GRID, a better one may lie outside. A stair that was left out (`--stair`) takes
-the rate of one that has the same optimizer and policy. Some changes affect acting only, and stairs
+the rate of one that has the same optimizer. Some changes affect acting only, and stairs
 with the same rate that differ only in these use one trained agent. `measure` trains with the chosen
 rates and several seeds, and acts in fresh tasks. Both add a row to the table for each stair, agent,
 rate and seed, and skip what the table has. `draw` makes a picture and prints the table with
@@ -161,10 +161,11 @@ def best_rate(rows, env, mode, name, agent):
     """The learning rate of an agent on the stair `name`, from the rows of `choose`.
 
     They are the stair's own rows. If there are none, they are those of the first stair that has
-    rows and the same optimizer and policy. Raises BadInput if a rate of GRID is missing.
+    rows and the same optimizer. Raises BadInput if a rate of GRID is missing.
     """
     found = stairs(env, mode)
-    alike = [other for other in found if matters(found[other]) == matters(found[name])]
+    optimizer = found[name]["optimizer"]
+    alike = [other for other in found if found[other]["optimizer"] == optimizer]
     for candidate in (name, *alike):
         wanted = {"env": env, "mode": mode, "stair": candidate, "agent": agent}
         wanted |= {"tasks": "validation"}
@@ -180,11 +181,6 @@ def best_rate(rows, env, mode, name, agent):
         not missing, f"the table has no {agent} agent of {candidate!r} with {missing}: {advice}"
     )
     return max(GRID, key=score.get)
-
-
-def matters(fields):
-    """What in a stair's fields the best learning rate depends on most."""
-    return fields["optimizer"], fields["policy"]
 
 
 def climb(c, table, names, agents, seeds, fresh_tasks):
@@ -375,7 +371,7 @@ def main(
         agents: which agents
         seeds: seeds of the training
         fresh_tasks: number of fresh tasks in which the agents act
-        steps: training steps, by default those of the preset with DPT, and 3,000 with AD
+        steps: training steps, by default those of the preset with DPT, and 2,000 with AD
         data: folder of the dataset
         runs: folder of the runs
         table: CSV file, to which rows are added
@@ -383,7 +379,7 @@ def main(
     require(fresh_tasks > 1, "--fresh-tasks must be at least 2, because an interval needs two")
     c = t2mir.preset(env, mode, data=data, runs=runs)
     if mode == "ad":
-        c = dataclasses.replace(c, steps=3_000, eval_episodes=30)
+        c = dataclasses.replace(c, steps=2_000, eval_episodes=30)
     if steps > 0:
         c = dataclasses.replace(c, steps=steps)
     if command == "choose":

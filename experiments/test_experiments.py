@@ -31,6 +31,7 @@ from experiments import (
     clone_experts,
     compare,
     dial,
+    drawings,
     figures,
     gradients,
     pack,
@@ -383,6 +384,21 @@ def test_a_table_without_pairs_is_refused(train):
 # ---- The other scripts ---------------------------------------------------------------------------
 
 
+def test_masks_are_those_of_batches():
+    """A drawn cell is at (column, row); AD's query i sees i steps, DPT's any number of them."""
+    ax = Figure().subplots()
+    batch = drawings.small_batch("ad", 2, 3, 1)
+    drawings.draw_mask(ax, batch, 3, "")
+    cells = {(patch.get_y(), patch.get_x()) for patch in ax.patches}
+    expected = {(i, j) for i in range(18) for j in range(i + 1)}
+    for i in range(6):
+        expected |= {(18 + i, j) for j in range(3 * i)} | {(18 + i, 18 + i)}
+    assert cells == expected
+    batch = drawings.small_batch("dpt", 1, 6, 6)
+    assert batch.seen.shape == (4, 6)
+    assert len(batch.seen.unique()) > 2
+
+
 @pytest.mark.parametrize("mode", ["ad", "dpt"])
 def test_routing_picture(mode, train, tmp_path, monkeypatch):
     """It is drawn for a run with three held-out tasks."""
@@ -514,8 +530,21 @@ def test_gates_appear_with_the_movement():
         assert (shown[known:] == 0).all()
 
 
+def test_picture_of_experts(train):
+    """Each panel has the gates of one modality in the last episode, one token after the other."""
+    agent = t2mir.load_agent(train("gates-dpt", mode="dpt"))
+    found = watch.Episodes(agent, (0.5, -0.7), 2)
+    panels = watch.picture_of_experts(found).axes[:6]
+    for i, gates in enumerate(found.gates):
+        for modality in range(3):
+            shown = panels[3 * i + modality].images[0].get_array()
+            for step in range(agent.horizon):
+                np.testing.assert_array_equal(shown[:, step], gates[1, 3 * step + modality])
+
+
 def test_gif_of_a_goal(made, train, tmp_path):
     watch.main(train("moe0", seed=0), goal=(0.5, -0.7), episodes=2, out=tmp_path)
+    assert (tmp_path / "moe0-experts.png").exists()
     frames = imageio.imread(tmp_path / "moe0.gif")
     assert (frames[0] != frames[-1]).any()
     for goal in ((0.5,), (1, 2, 3)):
@@ -757,11 +786,12 @@ def test_best_learning_rate_of_a_stair(monkeypatch):
     assert best("published") == 1e-3
     assert best("+ policy") == 1e-2
     assert best("+ sample") == 1e-3
-    # A stair without rows: its optimizer and policy are those of "+ policy".
+    # Stairs without rows take the rate of the first one with the same optimizer.
+    assert best("without optimizer") == 1e-3
+    with pytest.raises(BadInput, match="first choose"):
+        best("+ remember_best")  # of "+ optimizer", which lacks a rate
+    del rows[6]
     assert best("+ remember_best") == 1e-2
-    for name in ("+ optimizer", "without optimizer", "without policy"):
-        with pytest.raises(BadInput, match="first choose"):
-            best(name)
 
 
 def test_worth_of_a_change(monkeypatch):

@@ -13,7 +13,8 @@ by their velocity. The file is FOLDER/NAME.gif.
 
 With --goal there is one task, a goal of Point-Robot (x, y) or a velocity of HalfCheetah, and below
 each episode stands what the two routers of the last T2MIR layer do with its tokens, in step with
-the movement: which experts they choose for each state, action and reward, and with which gate. With
+the movement: which experts they choose for each state, action and reward, and with which gate.
+FOLDER/NAME-experts.png shows the same of the last episode, large and ordered by modality. With
 --play this is a window, one episode after the other, and a click on the map of Point-Robot sets a
 new goal for an agent without experience. `MPLBACKEND=webagg` (with `pip install tornado`) opens it
 in the browser instead.
@@ -39,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import t2mir
 from collect import require, run_command, write_atomically
 from envs import make_vec
+from experiments.figures import save
 from experiments.routing import route
 
 FRAMES_PER_SECOND = 10
@@ -255,16 +257,36 @@ def subplots_with_routers(fig, columns):
     return axes
 
 
-def frames_with_routers(agent, goal, episodes):
-    """The pictures of a GIF with one task and a column for each episode."""
-    found = Episodes(agent, goal, episodes)
+def frames_with_routers(found):
+    """The pictures of a GIF of Episodes, with a column for each of them."""
+    episodes = len(found.returns)
     fig = Figure(figsize=(2.6 * episodes, 4), dpi=80)
     axes = subplots_with_routers(fig, episodes)
     panels = []
     for episode in range(episodes):
         panels += found.draw(axes[:, episode], episode)
     print(f"return by episode: {' '.join(f'{x:.1f}' for x in found.returns)}")
-    return frames_of(fig, panels, agent.horizon, found.env)
+    return frames_of(fig, panels, found.agent.horizon, found.env)
+
+
+def picture_of_experts(found):
+    """The gates of the last one of Episodes: a row of panels for each MoE, a column by modality."""
+    fig = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = fig.subplots(2, 3, sharex=True, sharey="row")
+    for row, gates, name in zip(axes, found.gates, ("token-wise", "task-wise")):
+        experts = gates.shape[-1]
+        by_modality = gates[-1].reshape(-1, 3, experts).transpose(1, 2, 0)  # (3, experts, steps)
+        extent = (0, found.agent.horizon, experts + 0.5, 0.5)
+        style = {"vmin": 0, "vmax": 1, "cmap": "Blues", "aspect": "auto", "extent": extent}
+        for ax, one in zip(row, by_modality):
+            image = ax.imshow(one, interpolation="nearest", **style)
+        row[0].set_ylabel(f"{name} expert")
+        row[0].set_yticks(range(1, experts + 1))
+    for column, modality in zip(axes.T, ("state", "action", "reward")):
+        column[0].set_title(f"{modality} tokens")
+        column[1].set_xlabel("step of the episode")
+    fig.colorbar(image, ax=axes, label="gate")
+    return fig
 
 
 def open_window(agent, goal, episodes):
@@ -340,7 +362,9 @@ def main(
         open_window(agent, goal, episodes)
         return
     if goal:
-        frames = frames_with_routers(agent, goal, episodes)
+        found = Episodes(agent, goal, episodes)
+        frames = frames_with_routers(found)
+        save(picture_of_experts(found), out / f"{run.resolve().name}-experts.png")
     else:
         frames = frames_of_tasks(agent, run, tasks, episodes)
     gif = imageio.imwrite(

@@ -1,6 +1,9 @@
-"""Draws the T2MIR layer, with the numbers of the equations in t2mir.py: FOLDER/layer.png.
+"""Draws the T2MIR layer and the attention masks: FOLDER/layer.png and FOLDER/masks.png.
 
-python experiments/draw_layer.py [--out FOLDER]
+    python experiments/drawings.py --out figures
+
+The layer has the numbers of the equations in t2mir.py. The masks are those of small batches that
+the functions of t2mir.py make, one of the published AD and one of DPT.
 """
 
 import os
@@ -10,12 +13,15 @@ from pathlib import Path
 if __name__ == "__main__":
     os.environ["MPLBACKEND"] = "agg"  # the one that a notebook sets may not exist here
 
+import torch
 import tyro
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch
+from matplotlib.patches import FancyBboxPatch, Rectangle
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from collect import run_command, write_atomically
+import t2mir
+from collect import run_command
+from experiments.figures import save
 
 COLORS = {
     "state": "#4c78a8",
@@ -75,12 +81,65 @@ def draw_tokens(ax):
         ax.text(9.5, 0.62 - 0.3 * i, f"■ {kind}", color=color, fontsize=9, va="center")
 
 
-def main(out: Path = Path("figures")):
-    """Draws.
+def small_batch(mode, K, T, queries):
+    """A Batch of two tasks, made by the published recipe from K episodes of T steps with zeros."""
+    c = t2mir.preset("point_robot", mode, "paper", batch=4, context=K, queries=queries)
+    N, E = 2, K + 1
+    x = {name: torch.zeros(N, E, T, 2) for name in ("states", "actions", "expert_actions")}
+    x["rewards"] = torch.zeros(N, E, T)
+    x["tasks"] = torch.arange(N)
+    x["by_return"] = torch.arange(E).expand(N, E)
+    x["guest"] = torch.zeros(E, dtype=torch.bool)
+    x["own"] = torch.arange(E)
+    return t2mir.DRAW_BATCH[mode](c, x, 0, c.batch)
 
-    Args:
-        out: folder of the picture
-    """
+
+def draw_mask(ax, batch, T, title):
+    """Which tokens (columns) a token (row) sees, in the first sequence of a batch."""
+    S = batch.context.rewards.shape[1]
+    Q = batch.seen.shape[1]
+    n = 3 * S
+    causal = torch.ones(n, n + Q).tril().bool()
+    sees = torch.cat([causal, t2mir.who_sees_what(n, 3 * batch.seen)[0]])
+    kinds = S * ["state", "action", "reward"] + Q * ["query"]
+    for row, column in sees.nonzero().tolist():
+        color = COLORS[kinds[column]]
+        ax.add_patch(Rectangle((column, row), 1, 1, fc=color, ec="white", lw=0.5))
+    names = [f"${kinds[i][0]}_{{{i // 3 + 1}}}$" for i in range(n)]
+    names += [f"$q_{{{i + 1}}}$" for i in range(Q)]
+    for episode in range(1, S // T):
+        ax.axvline(3 * T * episode, color=DARK, lw=1)
+        ax.axhline(3 * T * episode, color=DARK, lw=1)
+    ax.axvline(n, color=DARK, lw=2)
+    ax.axhline(n, color=DARK, lw=2)
+    ax.set(xlim=(0, n + Q), ylim=(n + Q, 0), aspect="equal")
+    ax.set_title(title, fontsize=11, pad=24)
+    middle = [i + 0.5 for i in range(n + Q)]
+    ax.set_xticks(middle, names, fontsize=9)
+    ax.set_yticks(middle, names, fontsize=9)
+    ax.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
+    ax.set_xlabel("... this token?", fontsize=9)
+    ax.set_ylabel("does this token see ...", fontsize=9)
+
+
+def draw_masks():
+    """The masks of the published AD and of DPT beside each other."""
+    torch.manual_seed(0)
+    fig = Figure(figsize=(12, 6.4), layout="tight")
+    left, right = fig.subplots(1, 2)
+    title = "AD as published: queries repeat the context's states.\n"
+    title += "A query sees the steps before its own"
+    draw_mask(left, small_batch("ad", 2, 3, 1), 3, title)
+    title = "DPT: queries are states of other episodes.\n"
+    title += "A query sees a random number of the prompt's steps"
+    draw_mask(right, small_batch("dpt", 1, 6, 6), 6, title)
+    for i, (kind, color) in enumerate(COLORS.items()):
+        fig.text(0.36 + 0.08 * i, 0.015, f"■ {kind}", color=color, fontsize=11)
+    return fig
+
+
+def draw_layer():
+    """The layer: two routers, their experts, and the concatenation."""
     fig = Figure(figsize=(9.6, 5.4), layout="tight")
     ax = fig.subplots()
     ax.set(xlim=(0, 11.1), ylim=(-0.4, 6.35))
@@ -110,9 +169,17 @@ def main(out: Path = Path("figures")):
     arrow(ax, 5.09, 1.42, 5.09, 5.67)
     residual = "residual, before the norm"
     ax.text(5.09, 3.6, residual, fontsize=8, rotation=90, backgroundcolor="white", **MIDDLE)
-    path = out / "layer.png"
-    write_atomically(path, lambda file: fig.savefig(file, dpi=130, format="png"))
-    print(f"picture: {path}")
+    return fig
+
+
+def main(out: Path = Path("figures")):
+    """Draws.
+
+    Args:
+        out: folder of the pictures
+    """
+    save(draw_layer(), out / "layer.png")
+    save(draw_masks(), out / "masks.png")
 
 
 if __name__ == "__main__":
