@@ -2719,6 +2719,31 @@ def test_the_readmes_robot_acts():
     assert -6 < min(returns[1:])  # a robot that stays where it is earns -18
 
 
+class Robot(gymnasium.Env):
+    """It moves like Point-Robot, but its motors take up to 5 volts."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,))
+    action_space = gymnasium.spaces.Box(-5.0, 5.0, (2,))
+
+    def reset(self, seed=None, options=None):
+        self.position = np.zeros(2, np.float32)
+        return self.position, {}
+
+    def step(self, volts):
+        self.position += volts / 50
+        return self.position, -np.linalg.norm(self.position - [0.6, 0.7]), False, False, {}
+
+
+def test_a_robot_of_other_units_acts():
+    """Wrapped as the README says, it finds its goal."""
+    robots = gymnasium.vector.SyncVectorEnv(
+        [lambda: gymnasium.wrappers.RescaleAction(Robot(), -1, 1)]
+    )
+    agent = t2mir.load_agent(HERE / "experiments" / "agents" / "point_robot-dpt")
+    returns = evaluate(agent, robots, episodes=5)["rewards"].sum(-1)
+    assert -6 < returns[0, 1:].min()
+
+
 # ---- Environments --------------------------------------------------------------------------------
 
 

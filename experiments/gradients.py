@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import t2mir
 from collect import require, run_command, write_atomically
+from experiments.compare import append, commit
 from experiments.report import open_run
 
 BATCHES = 20  # of a gradient
@@ -84,18 +85,30 @@ def agent_name(run):
     return mode
 
 
-def main(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("figures")):
+def main(
+    runs: tyro.conf.Positional[tuple[Path, ...]],
+    out: Path = Path("figures"),
+    csv: Path | None = None,
+):
     """Prints the cosines of each agent and draws them.
 
     Args:
         runs: folders of runs of point_robot
         out: folder of the picture
+        csv: file to which a row for each run is added
     """
     require(runs, "name at least one run of point_robot")
     agents = defaultdict(list)
-    for run in runs:
-        agents[agent_name(run)].append(cosines_of_quadrants(run))
     others = ~torch.eye(4, dtype=torch.bool)
+    for run in runs:
+        similarity = cosines_of_quadrants(run)
+        agents[agent_name(run)].append(similarity)
+        if csv is not None:
+            saved = t2mir.read_checkpoint(run)
+            row = {"agent": agent_name(run)}
+            row |= {name: saved["config"][name] for name in (*t2mir.PAPER, "steps", "lr", "seed")}
+            row |= {"I_and_III": similarity[0, 2].item(), "mean": similarity[others].mean().item()}
+            append(csv, row | {"dataset": saved["fingerprint"][:8], "commit": commit()})
     fig = Figure(figsize=(3.2 * len(agents), 3.4))
     axes = fig.subplots(1, len(agents), squeeze=False)[0]
     for ax, (agent, similarities) in zip(axes, agents.items()):

@@ -637,7 +637,7 @@ def test_a_dataset_is_not_overwritten(folder):
         subset.main(folder / "point_robot.npz", folder)
 
 
-def test_cosines_of_gradients(train, folder):
+def test_cosines_of_gradients(train, folder, tmp_path):
     """They are those of the gradients that `backward` leaves in the parameters of the layer."""
     run = train("moe0", seed=0)
     data = load(folder / "point_robot.npz")
@@ -655,7 +655,16 @@ def test_cosines_of_gradients(train, folder):
         layer = model.blocks[-1].moe.parameters()
         found.append(torch.cat([p.grad.flatten() for p in layer if p.grad is not None]))
     expected = torch.cosine_similarity(*found, dim=0)
-    assert gradients.cosines_of_quadrants(run)[0, 2] == pytest.approx(expected.item(), abs=1e-4)
+    similarity = gradients.cosines_of_quadrants(run)
+    assert similarity[0, 2] == pytest.approx(expected.item(), abs=1e-4)
+
+    table = tmp_path / "gradients.csv"
+    gradients.main((run,), tmp_path, table)
+    (row,) = csv.DictReader(table.open())
+    assert row["agent"] == "T2MIR-DPT"
+    assert float(row["I_and_III"]) == pytest.approx(expected.item(), abs=1e-3)
+    pairs = [similarity[i, j] for i, j in combinations(range(4), 2)]
+    assert float(row["mean"]) == pytest.approx(np.mean(pairs), abs=1e-3)
 
 
 def test_a_clone_that_is_told_the_task_fits_it():
