@@ -894,7 +894,7 @@ def test_late_episodes_are_of_the_last_quarter(E, first):
     """They are at most the last 40."""
     data = numbered_data(N=3, E=E, T=1, guest=np.zeros(E, bool))
     torch.manual_seed(0)
-    running = t2mir.late_episodes(tiny("ad"), t2mir.to_tensors(data, ~data["test"]), 2000)
+    running = t2mir.draw_late_episodes(tiny("ad"), t2mir.to_tensors(data, ~data["test"]), 2000)
     assert running.shape == (2000, 1)
     assert set(running.flatten().tolist()) == set(range(first, E))
 
@@ -903,7 +903,7 @@ def test_half_of_the_running_episodes_are_guests():
     """Own ones are as frequent as each other, and so are those of guests."""
     data = numbered_data(E=12, guest=np.isin(np.arange(12), (1, 5, 9, 11)))
     torch.manual_seed(0)
-    running = t2mir.late_episodes(tiny("ad"), t2mir.to_tensors(data, ~data["test"]), 8000)
+    running = t2mir.draw_late_episodes(tiny("ad"), t2mir.to_tensors(data, ~data["test"]), 8000)
     counts = Counter(running.flatten().tolist())
     expected = {9: 2000, 10: 4000, 11: 2000}
     assert counts.keys() == expected.keys()
@@ -923,7 +923,7 @@ def test_how_often_worse_episodes_are_drawn():
     draws = 20_000
     tasks = torch.zeros(draws, 1, dtype=torch.long)
     torch.manual_seed(0)
-    fast = t2mir.worse_episodes(tiny("ad"), x, tasks, torch.full_like(tasks, 4), 2)
+    fast = t2mir.draw_worse_episodes(tiny("ad"), x, tasks, torch.full_like(tasks, 4), 2)
     fast = Counter(map(tuple, fast.tolist()))
     slow = Counter()
     for _ in range(draws):

@@ -110,6 +110,7 @@ class Mixed(Controls):
 
 
 FAMILIES = {f"turned{angle}": turned(angle) for angle in ANGLES} | {"mixed": Mixed}
+IN_WORDS = {f"turned{angle}": f"up to ±{angle}°" for angle in ANGLES} | {"mixed": "mixed"}
 
 
 def groups(family, data):
@@ -245,7 +246,8 @@ def picture(found):
             label = f"{mode.upper()}, {data.removeprefix('data')} tasks"
             ax.errorbar(x, mean, [mean - low, high - mean], fmt="o", ms=4, lw=1, label=label)
             ax.set_ylabel(f"T2MIR minus dense:\n{title}", fontsize=8)
-    below.set_xticks(range(len(names)), names)
+    below.set_xticks(range(len(names)), IN_WORDS.values())
+    below.set_xlabel("angle by which the controls are turned")
     for ax in (above, below):
         ax.axhline(0, color="k", lw=1)
     above.legend(fontsize=8, loc="lower left")
@@ -265,12 +267,13 @@ def picture_of_cosines(rows):
                 steps = np.array(row["logged_at"].split(), int)
                 ax.plot(steps, np.array(row["cosine"].split(), float), style, lw=1)
         ax.axhline(0, color="k", lw=0.5)
-        ax.axhline(-1 / 3, color="k", ls=":", lw=0.5)  # four gradients that sum to zero
-        ax.set_title(name, fontsize=9)
+        ax.axhline(-1 / 3, color="k", ls=":", lw=0.8)
+        ax.set_title(IN_WORDS[name], fontsize=9)
         ax.set_xlabel("training step", fontsize=8)
     axes[0].set_ylabel("mean cosine of\ndifferent groups", fontsize=8)
     axes[0].plot([], [], "C0-", label="T2MIR")
     axes[0].plot([], [], "C1--", label="dense")
+    axes[0].plot([], [], "k:", label="sum to zero")
     axes[0].legend(fontsize=7)
     return fig
 

@@ -48,29 +48,38 @@ def arrow(ax, x, y, to_x, to_y, color=GREY, lw=1.2):
     ax.annotate("", (to_x, to_y), (x, y), arrowprops=style)
 
 
-def mixture(ax, x, name, kind, router, num, chosen, face):
-    """One mixture of experts, from y = 1.95 to y = 5.2: router, experts, weighted sum."""
+def mixture(ax, x, name, kind, router, num, chosen, side):
+    """One mixture of experts, from y = 1.95 to y = 5.2: router, experts, weighted sum.
+
+    h enters the experts at the left (side = -1) or at the right (side = 1).
+    """
     width = 0.62 * num + 0.4
-    box(ax, x, 3.6, width, 3.5, face=face, edge="none")
+    box(ax, x, 3.6, width, 3.5, face="0.92", edge="none")
+    lane = x + side * (width / 2 - 0.12)
+    ax.plot([lane, lane], [1.42, 3.6], color=GREY, lw=1.2)
+    arrow(ax, lane, 3.6, x + side * (0.31 * num - 0.07), 3.6)
+    ax.text(lane - side * 0.14, 2.93, "$h$", fontsize=9, **MIDDLE)
     ax.text(x, 5.12, name, fontsize=10, weight="bold", **MIDDLE)
     box(ax, x, 2.35, width - 0.5, 0.55, router)
     for i in range(num):
         at = x + 0.62 * (i - (num - 1) / 2)
-        text = f"$E_{i + 1}$"
+        text = f"$E_{i}$"
         if i in chosen:
             box(ax, at, 3.6, 0.48, 0.62, text, "white", DARK)
             arrow(ax, at, 2.66, at, 3.26, DARK, 2)
             arrow(ax, at, 3.94, x, 4.5, DARK, 2)
         else:
-            box(ax, at, 3.6, 0.48, 0.62, text, "0.93", "0.75")
-            arrow(ax, at, 2.66, at, 3.26, "0.8", 0.8)
-    total = f"$\\sum_i w_i E^{{{kind}}}_i(h)$ of 2 experts, $d/2$ wide"
+            box(ax, at, 3.6, 0.48, 0.62, text, "0.86", "0.7")
+            arrow(ax, at, 2.66, at, 3.26, "0.7", 0.8)
+    total = f"$\\sum_i w_i E^{{{kind}}}_i(h)$ of the best 2, $d/2$ wide"
     ax.text(x, 4.72, total, fontsize=9, **MIDDLE)
 
 
 def draw_tokens(ax):
     """A row of tokens and its legend."""
     ax.text(2.2, 0.3, "context, queries", ha="right", va="center", fontsize=9)
+    note = "In the last block no expert computes the context: its routing is for the losses (2) and (4)"
+    ax.text(0.2, -0.3, note, va="center", fontsize=8)
     kinds = 3 * ["state", "action", "reward"] + 2 * ["query"]
     for i, kind in enumerate(kinds):
         x = 2.6 + 0.55 * i
@@ -113,7 +122,7 @@ def draw_mask(ax, batch, T, title):
     ax.axvline(n, color=DARK, lw=2)
     ax.axhline(n, color=DARK, lw=2)
     ax.set(xlim=(0, n + Q), ylim=(n + Q, 0), aspect="equal")
-    ax.set_title(title, fontsize=11, pad=24)
+    ax.set_title(title, fontsize=11, pad=10)
     middle = [i + 0.5 for i in range(n + Q)]
     ax.set_xticks(middle, names, fontsize=9)
     ax.set_yticks(middle, names, fontsize=9)
@@ -125,7 +134,7 @@ def draw_mask(ax, batch, T, title):
 def draw_masks():
     """The masks of the published AD and of DPT beside each other."""
     torch.manual_seed(0)
-    fig = Figure(figsize=(12, 6.4), layout="tight")
+    fig = Figure(figsize=(12, 6.7), layout="tight")
     left, right = fig.subplots(1, 2)
     title = "AD as published: queries repeat the context's states.\n"
     title += "A query sees the steps before its own"
@@ -151,17 +160,17 @@ def draw_layer():
 
     arrow(ax, 2.6, 1.42, 2.6, 2.04)
     ax.text(2.75, 1.62, "$h$ of this token", fontsize=8, va="center")
-    router = "router $G_{tok}(h)$ + noise"
-    mixture(ax, 2.6, "token-wise MoE (1)", "tok", router, 6, (1, 4), "#d6e4f5")
+    router = "router $G_{tok}(h)$ + noise in training"
+    mixture(ax, 2.6, "token-wise MoE (1)", "tok", router, 6, (1, 4), 1)
     balance = "balance loss (2): all\nexperts are used alike"
-    ax.text(0.2, 6.0, balance, fontsize=9, va="center", color="#30577f")
+    ax.text(0.2, 6.0, balance, fontsize=9, va="center")
 
     arrow(ax, 8.2, 1.42, 8.2, 2.04)
     ax.text(8.35, 1.62, "$m$: mean of $h$ over the\ntokens that it sees", fontsize=8, va="center")
     router = "router $G_{task}(m)$"
-    mixture(ax, 8.2, "task-wise MoE (3)", "task", router, 8, (2, 5), "#fde3c8")
-    info_nce = "InfoNCE (4): two sequences of\none task have similar logits"
-    ax.text(8.4, 6.0, info_nce, fontsize=9, va="center", color="#9a5a12")
+    mixture(ax, 8.2, "task-wise MoE (3)", "task", router, 8, (2, 5), -1)
+    info_nce = "InfoNCE (4): two sequences of one\ntask have similar logits, others not"
+    ax.text(8.4, 6.0, info_nce, fontsize=9, va="center")
 
     box(ax, 5.5, 5.95, 4.2, 0.5, "concatenation, $d$ wide, plus the residual (5)")
     arrow(ax, 2.6, 5.38, 3.9, 5.67)

@@ -151,7 +151,9 @@ def draw_settling(ax, chosen, times):
     error = agreement.std(0) / len(agreement) ** 0.5
     ax.plot(times, mean)
     ax.fill_between(times, mean - error, mean + error, alpha=0.2, lw=0)
-    ax.set(title="the task router settles", xlabel="steps of the task seen")
+    ax.axhline(final.double().mean(), color="k", ls=":", lw=1, label="by chance")
+    ax.legend(fontsize=8)
+    ax.set(title="the task-wise router settles", xlabel="steps of the task seen", ylim=(0, 1.03))
     ax.set_ylabel("share of the final experts")
     print("share of the task-wise MoE's final experts that are chosen after a number of steps")
     some = np.unique(np.linspace(0, len(times) - 1, 8).astype(int))
@@ -220,8 +222,8 @@ def main(run: tyro.conf.Positional[Path], out: Path = Path("figures"), csv: Path
     modality = torch.cat([torch.arange(3).repeat(S), torch.full((S,), 3)])  # of each token
     chosen = choices(task)[:, 2 : 3 * S : 3]  # after each step, (N * episodes, S, experts)
 
-    fig = Figure(figsize=(17, 3.8))
-    axes = fig.subplots(1, 4)
+    fig = Figure(figsize=(9.6, 7.4), layout="tight")
+    axes = fig.subplots(2, 2).flat
     draw_tokens(axes[0], token, modality)
     shares = draw_shares(axes[1], token, modality)
     draw_tasks(axes[2], task.logits[:, 3 * S - 1], c.env, data, held_out)
@@ -245,7 +247,6 @@ def main(run: tyro.conf.Positional[Path], out: Path = Path("figures"), csv: Path
         if csv is not None:
             append(csv, row | {"commit": commit()})
 
-    fig.tight_layout()
     name = run.resolve().name.removesuffix(".pt")
     path = out / f"{name}-routing.png"
     write_atomically(path, lambda file: fig.savefig(file, dpi=150, format="png"))

@@ -530,16 +530,45 @@ def test_gates_appear_with_the_movement():
         assert (shown[known:] == 0).all()
 
 
-def test_picture_of_experts(train):
-    """Each panel has the gates of one modality in the last episode, one token after the other."""
-    agent = t2mir.load_agent(train("gates-dpt", mode="dpt"))
+@pytest.mark.parametrize("mode", ["ad", "dpt"])
+def test_picture_of_experts(mode, train):
+    """Its panels have the gates of the queries and of each modality, one token after the other."""
+    agent = t2mir.load_agent(train(f"gates-{mode}", mode=mode))
     found = watch.Episodes(agent, (0.5, -0.7), 2)
-    panels = watch.picture_of_experts(found).axes[:6]
+    panels = watch.picture_of_experts(found).axes[:8]
     for i, gates in enumerate(found.gates):
+        shown = [ax.images[0].get_array() for ax in panels[4 * i : 4 * i + 4]]
+        np.testing.assert_array_equal(shown[0], found.query_gates[i][1].T)
         for modality in range(3):
-            shown = panels[3 * i + modality].images[0].get_array()
             for step in range(agent.horizon):
-                np.testing.assert_array_equal(shown[:, step], gates[1, 3 * step + modality])
+                expected = gates[1, 3 * step + modality]
+                np.testing.assert_array_equal(shown[1 + modality][:, step], expected)
+
+
+@pytest.mark.parametrize("mode", ["ad", "dpt"])
+def test_gates_of_queries_while_acting(mode, train):
+    """They are those of the last token of the full forward pass, without a cache."""
+    agent = t2mir.load_agent(train(f"gates-{mode}", mode=mode))
+    found = watch.Episodes(agent, (0.5, -0.7), 2)
+    _, history = watch.act(agent, np.array([[0.5, -0.7]]), 2)
+    for episode, t in ((0, 0), (0, 7), (1, 0), (1, 19)):
+        context = t2mir.own_context(agent.config, history, episode, t)
+        when = agent.horizon
+        if mode == "ad":
+            when = t
+        state = history["states"][:, episode, t]
+        x = torch.cat(
+            [
+                agent.embed_steps(context),
+                agent.embed_states(state[:, None], torch.tensor([[when]])),
+            ],
+            dim=1,
+        )
+        _, routings = agent.transform(x, torch.ones(1, 1, x.shape[1], dtype=torch.bool))
+        for gates, of_moe in zip(found.query_gates, routings):
+            expected = np.zeros(gates.shape[2])
+            expected[of_moe.chosen[0, -1]] = of_moe.gates[0, -1].detach()
+            assert gates[episode, t] == pytest.approx(expected, abs=1e-4)
 
 
 def test_gif_of_a_goal(made, train, tmp_path):

@@ -12,10 +12,12 @@ the task's expert. The tasks are evenly spaced among the held-out tasks of the r
 by their velocity. The file is FOLDER/NAME.gif.
 
 With --goal there is one task, a goal of Point-Robot (x, y) or a velocity of HalfCheetah, and below
-each episode stands what the two routers of the last T2MIR layer do with its tokens, in step with
-the movement: which experts they choose for each state, action and reward, and with which gate.
-FOLDER/NAME-experts.png shows the same of the last episode, large and ordered by modality. With
---play this is a window, one episode after the other, and a click on the map of Point-Robot sets a
+each episode stands what the two routers of the last T2MIR layer say about its tokens, in step with
+the movement: which experts they choose for each state, action and reward, and with which gate. The
+episode is read alone for this. In the last block no expert computes these tokens, but only the
+queries, the states in which the agent acts. FOLDER/NAME-experts.png shows the last episode, large
+and by kind of token, and first what the routers chose for the queries while the agent acted. With
+--play the GIF is a window, one episode after the other, and a click on the map of Point-Robot sets a
 new goal for an agent without experience. `MPLBACKEND=webagg` (with `pip install tornado`) opens it
 in the browser instead.
 """
@@ -146,20 +148,21 @@ def draw_gates(ax, gates, steps, title):
     return draw
 
 
+def gates_of(routing):
+    """The gates of all experts, (B, L, experts): 0 where a token does not choose an expert."""
+    return torch.zeros_like(routing.logits).scatter(-1, routing.chosen, routing.gates)
+
+
 @torch.no_grad()
 def gates_of_episodes(agent, history):
     """Gates (episodes, L, experts) of each MoE for the tokens of the episodes in one task.
 
-    `history` is as of `evaluate` with N = 1. A token that does not choose an expert has gate 0.
+    `history` is as of `evaluate` with N = 1.
     """
     names = ("states", "actions", "rewards")
     episodes = {name: history[name][0] for name in names}
     L = 3 * len(range(0, agent.horizon, agent.config.stride))
-    found = []
-    for routing in route(agent, episodes):
-        gates = torch.zeros_like(routing.logits).scatter(-1, routing.chosen, routing.gates)
-        found.append(gates[:, :L].numpy())
-    return found
+    return [gates_of(routing)[:, :L].numpy() for routing in route(agent, episodes)]
 
 
 def pick_tasks(every, number):
@@ -232,7 +235,15 @@ class Episodes:
         self.agent = agent
         self.env = agent.config.env
         self.goal = np.array(goal, float)
+        layer = [block.moe for block in agent.blocks if block.moe is not None][-1]
+        routings = []  # of both MoEs in each step; the last token is the query
+        hook = layer.register_forward_hook(lambda _, inputs, output: routings.append(output[1]))
         self.states, history = act(agent, self.goal[None], episodes)
+        hook.remove()
+        self.query_gates = []  # (episodes, T, experts) of each MoE
+        for of_moe in zip(*routings):
+            gates = torch.stack([gates_of(routing)[0, -1] for routing in of_moe])
+            self.query_gates.append(gates.view(episodes, agent.horizon, -1).numpy())
         self.returns = history["rewards"][0].sum(-1).numpy()
         self.gates = gates_of_episodes(agent, history)
         self.vec = make_vec(self.env, self.goal[None])
@@ -243,7 +254,7 @@ class Episodes:
         states = self.states[episode, :, 0]
         panels = [draw_task(axes[0], self.env, states, self.goal, self.vec, title)]
         steps = np.arange(0, self.agent.horizon, self.agent.config.stride)
-        names = ("token-wise experts, tokens s a r s a r ...", "task-wise experts")
+        names = ("token-wise router, tokens s a r s a r ...", "task-wise router")
         for ax, gates, name in zip(axes[1:], self.gates, names):
             panels.append(draw_gates(ax, gates[episode], steps, name))
         return panels
@@ -270,20 +281,22 @@ def frames_with_routers(found):
 
 
 def picture_of_experts(found):
-    """The gates of the last one of Episodes: a row of panels for each MoE, a column by modality."""
-    fig = Figure(figsize=(9, 3.6), layout="constrained")
-    axes = fig.subplots(2, 3, sharex=True, sharey="row")
-    for row, gates, name in zip(axes, found.gates, ("token-wise", "task-wise")):
-        experts = gates.shape[-1]
-        by_modality = gates[-1].reshape(-1, 3, experts).transpose(1, 2, 0)  # (3, experts, steps)
-        extent = (0, found.agent.horizon, experts + 0.5, 0.5)
+    """The gates of the last one of Episodes: a row of panels for each MoE, a column by token."""
+    fig = Figure(figsize=(11, 3.8), layout="constrained")
+    axes = fig.subplots(2, 4, sharex=True, sharey="row")
+    both = zip(axes, found.query_gates, found.gates, ("token-wise", "task-wise"))
+    for row, of_queries, of_tokens, name in both:
+        experts = of_queries.shape[-1]
+        extent = (0, found.agent.horizon, experts - 0.5, -0.5)
         style = {"vmin": 0, "vmax": 1, "cmap": "Blues", "aspect": "auto", "extent": extent}
-        for ax, one in zip(row, by_modality):
-            image = ax.imshow(one, interpolation="nearest", **style)
+        by_modality = of_tokens[-1].reshape(-1, 3, experts).transpose(1, 0, 2)
+        for ax, gates in zip(row, (of_queries[-1], *by_modality)):
+            image = ax.imshow(gates.T, interpolation="nearest", **style)
         row[0].set_ylabel(f"{name} expert")
-        row[0].set_yticks(range(1, experts + 1))
-    for column, modality in zip(axes.T, ("state", "action", "reward")):
-        column[0].set_title(f"{modality} tokens")
+        row[0].set_yticks(range(experts))
+    titles = ("queries", "state tokens", "action tokens", "reward tokens")
+    for column, title in zip(axes.T, titles):
+        column[0].set_title(title)
         column[1].set_xlabel("step of the episode")
     fig.colorbar(image, ax=axes, label="gate")
     return fig

@@ -3,6 +3,7 @@
 The tests stand apart from test_t2mir.py, so that a fork may drop them.
 """
 
+import csv
 import importlib
 import re
 import shutil
@@ -178,3 +179,27 @@ def untrained(t2mir, c):
     data, train_tasks, _ = t2mir.open_dataset(c)
     torch.manual_seed(0)
     return t2mir.new_model(c, data, train_tasks)
+
+
+def test_answers(tmp_path, monkeypatch):
+    """A row is the end of a run's log; without a patch it is that of the code as it is."""
+    sys.path.insert(0, str(HERE.parents[1]))
+    import t2mir
+    from experiments.exercises import answers
+
+    monkeypatch.chdir(tmp_path)
+    collected = {"steps": 200, "random_steps": 130, "episodes": 8, "hidden": 16, "batch": 16}
+    t2mir.collect("point_robot", **collected, copies=2, train_tasks=16, test_tasks=2)
+    for name in list(answers.RUNS):
+        if name not in ("without a patch", "2, a shared expert"):
+            monkeypatch.delitem(answers.RUNS, name)
+    for _ in range(2):  # the second time nothing is run
+        answers.main((1,), 3, Path("data"), Path("table.csv"))
+    plain, shared = csv.DictReader(Path("table.csv").read_text().splitlines())
+    c = t2mir.preset("point_robot", "dpt", steps=3, eval_every=3, seed=1)
+    log = csv.DictReader((t2mir.train(c) / "log.csv").read_text().splitlines())
+    last = list(log)[-1]
+    assert plain.items() >= {name: last[name] for name in answers.LOGGED}.items()
+    assert shared["run"] == "2, a shared expert"
+    assert shared["heldout"] != plain["heldout"]
+    assert len(plain["own context"].split()) == c.eval_episodes
