@@ -250,9 +250,10 @@ def seeds_and_tasks(rows, column):
 
 
 def by_stair(table, env, mode):
-    """The rows in fresh tasks of the seeds that both agents have: stair -> agent -> list of rows.
+    """The rows in fresh tasks: stair -> agent -> list of rows.
 
-    Raises BadInput if the runs of an agent on a stair differ in more than their seeds.
+    They are those of the seeds that both agents have. A stair may have T2MIR alone. Raises BadInput
+    if the runs of an agent on a stair differ in more than their seeds.
     """
     found = {}
     for name in stairs(env, mode):
@@ -266,10 +267,13 @@ def by_stair(table, env, mode):
             require(
                 alike, f"{table}: {agent} agents of {name!r} differ in more than seeds: {advice}"
             )
-        first, second = agents.values()
-        both = {row["seed"] for row in first} & {row["seed"] for row in second}
-        if both:
-            found[name] = {a: [r for r in rows if r["seed"] in both] for a, rows in agents.items()}
+        seeds = {row["seed"] for row in agents["t2mir"]}
+        if agents["dense"]:
+            seeds &= {row["seed"] for row in agents["dense"]}
+        else:
+            del agents["dense"]
+        if seeds:
+            found[name] = {a: [r for r in rows if r["seed"] in seeds] for a, rows in agents.items()}
     require(found, f"{table} has no stair of {env} and {mode} with a seed that both agents have")
     return found
 
@@ -305,16 +309,21 @@ def markdown(found):
     lines = [" | ".join(titles), "|".join(["---"] * len(titles))]
     worths = worth(found)
     for name, agents in found.items():
-        rates = [agents[agent][0]["lr"] for agent in AGENTS]
+        rates = [rows[0]["lr"] for rows in agents.values()]
         cells = [in_words(name), ", ".join(rates), str(len(agents["t2mir"]))]
         for agent in AGENTS:
             for column in COLUMNS:
-                values = interval(np.mean, seeds_and_tasks(agents[agent], column))
-                cells.append("{:.2f} [{:.2f}, {:.2f}]".format(*values))
+                if agent in agents:
+                    values = interval(np.mean, seeds_and_tasks(agents[agent], column))
+                    cells.append("{:.2f} [{:.2f}, {:.2f}]".format(*values))
+                else:
+                    cells.append("")
         differences = [worths.get(name, (np.nan, np.nan, np.nan))]
-        for column in ("after_1", "heldout"):
-            differences.append(difference(agents["t2mir"], agents["dense"], column))
+        if "dense" in agents:
+            for column in ("after_1", "heldout"):
+                differences.append(difference(agents["t2mir"], agents["dense"], column))
         cells += ["{:.3f} [{:.3f}, {:.3f}]".format(*x) for x in differences]
+        cells += [""] * (len(titles) - len(cells))
         lines.append(" | ".join(cells))
     return "\n".join(f"| {line} |" for line in lines)
 
@@ -326,18 +335,28 @@ def picture(found, title):
     place[climbed:] += 0.5
     fig = Figure(figsize=(1.5 + 0.75 * len(found), 6.5), layout="tight")
     above, below = fig.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    episodes = len(next(iter(found.values()))["t2mir"][0]["mean"].split())
+    has_dense = np.array(["dense" in agents for agents in found.values()])
+    shown = {"t2mir": place, "dense": place[has_dense] + 0.12}
     for i, column in enumerate(COLUMNS):
         for agent, marker, line in (("t2mir", "o", "-"), ("dense", "s", "--")):
-            values = [interval(np.mean, seeds_and_tasks(a[agent], column)) for a in found.values()]
+            values = []
+            for agents in found.values():
+                if agent in agents:
+                    values.append(interval(np.mean, seeds_and_tasks(agents[agent], column)))
             mean, low, high = np.array(values).T
-            x = place + 0.12 * (agent == "dense")
-            label = f"{agent}, {column.replace('_', ' ')}".replace("t2mir", "T2MIR")
-            style = {"fmt": marker, "color": f"C{i}", "lw": 1, "ms": 4, "label": label}
+            x = shown[agent]
+            label = f"{agent}, {column.replace('_', ' ').replace('last', f'episode {episodes}')}"
+            style = {"fmt": marker, "color": f"C{i}", "lw": 1, "ms": 4}
+            style["label"] = label.replace("t2mir", "T2MIR")
             above.errorbar(x, mean, [mean - low, high - mean], **style)
             above.plot(x[:climbed], mean[:climbed], line, color=f"C{i}", lw=1)
-    values = [difference(a["t2mir"], a["dense"], "after_1") for a in found.values()]
+    values = []
+    for agents in found.values():
+        if "dense" in agents:
+            values.append(difference(agents["t2mir"], agents["dense"], "after_1"))
     mean, low, high = np.array(values).T
-    below.errorbar(place, mean, [mean - low, high - mean], fmt="ko", lw=1, ms=4)
+    below.errorbar(place[has_dense], mean, [mean - low, high - mean], fmt="ko", lw=1, ms=4)
     below.axhline(0, color="k", lw=1)
     above.axhline(1, color="k", ls=":", lw=1)
     above.set(ylabel="score in fresh tasks", title=title)
@@ -388,7 +407,7 @@ def main(
         climb(c, table, stair, agents, seeds, fresh_tasks)
     else:
         found = by_stair(table, env, mode)
-        if any(len(agents["dense"]) < 3 for agents in found.values()):
+        if any(len(agents["t2mir"]) < 3 for agents in found.values()):
             print(FEW_SEEDS)
         print(markdown(found))
         title = f"From the published {mode.upper()} to ours, on {env}"

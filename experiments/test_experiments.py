@@ -853,6 +853,22 @@ def test_picture_of_stairs(climbed, tmp_path, capsys):
     assert imageio.imread(tmp_path / "stairs-point_robot-dpt.png").std() > 0
 
 
+def test_a_stair_may_have_t2mir_alone(climbed, tmp_path, capsys):
+    """Its cells of the dense agent are empty, and all other cells are as they were."""
+    table = tmp_path / "table.csv"
+    table.write_bytes(climbed[0].read_bytes())
+    stairs.main("draw", table=table)
+    both = capsys.readouterr().out.splitlines()[3]
+    lines = table.read_text().splitlines(keepends=True)
+    last = "point_robot,dpt,+ remember_best,dense,fresh"
+    table.write_text("".join(line for line in lines if not line.startswith(last)))
+    stairs.main("draw", table=table)
+    stair, alone = (line.split("|") for line in capsys.readouterr().out.splitlines()[3:5])
+    assert "|".join(stair) == both
+    filled = [i for i, cell in enumerate(alone[1:-1]) if cell.strip()]
+    assert filled == [0, 1, 2, 3, 4, 5, 6, 11]  # without scores of dense and differences
+
+
 # ---- dial.py -------------------------------------------------------------------------------------
 
 
