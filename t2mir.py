@@ -24,9 +24,10 @@ the running one, those before it the finished ones. The picture shows the runnin
     -------------------------------               ^     sees the finished episode, and the earlier
                                                         steps of its own episode.
 
-AD's queries repeat states of the context. If the context holds every step, predicting at its state
-tokens gives the same result (`test_ad_queries_equal_state_tokens` shows it). Queries also work
-after a context that holds only every n-th step, which is one of the changes below (`--stride`).
+AD's queries repeat states of the context. No query sees the last step, which InfoNCE reads (4). If
+the context holds every step, predicting at its state tokens gives the same result
+(`test_ad_queries_equal_state_tokens` shows it). Queries also work after a context that holds only
+every n-th step, which is one of the changes below (`--stride`).
 
 Decision-Pretrained Transformer (DPT). The context is a prompt: K episodes of any quality.
 
@@ -41,11 +42,11 @@ This file changes both algorithms. The main changes have a switch each, marked "
 and `--recipe paper` takes these back.
 
 T2MIR changes the transformer: in some blocks the feed-forward layer becomes two mixtures of experts
-(MoE) side by side. In each of them a router sends a token to k of M small networks, its experts.
-The token-wise router looks at the token itself, and a balance loss keeps all of its experts in use.
-The task-wise router looks at the mean of all tokens that the token sees. It is trained as a task
-encoder by a contrastive loss, InfoNCE, which pulls two sequences of the same task together and
-pushes those of other tasks away.
+(MoE) side by side. In each of them a router sends a token to k of M small networks, called experts
+(not the expert of DPT). The token-wise router looks at the token itself, and a balance loss keeps
+all of its experts in use. The task-wise router looks at the mean of all tokens that the token sees.
+It is trained as a task encoder by a contrastive loss, InfoNCE, which pulls two sequences of the
+same task together and pushes those of other tasks away.
 
     B  sequences in a batch            K  episodes in a context          d     width of a token
     L  tokens in a sequence            S  steps in a context             M     experts of an MoE
@@ -105,8 +106,8 @@ from envs import ENVS, make_vec
 class Config:
     """Everything that a run depends on. Each field is a flag of the command line.
 
-    `preset` and the command line change some defaults: by mode, see MODES, and by task family, see
-    `training` of its class in envs.py.
+    The defaults are those of DPT on Point-Robot. `preset` and the command line change some of them:
+    by mode, see MODES, and by task family, see `training` of its class in envs.py.
     """
 
     env: str = "point_robot"  # task family in envs.py, or the name of a dataset: data/ENV.npz
@@ -363,7 +364,7 @@ class Experts(nn.Module):
 
         What follows is the same without the products that a gate of 0 would cancel.
         """
-        if torch.is_autocast_enabled(h.device.type):
+        if torch.is_autocast_enabled(h.device.type):  # `grouped_mm` does not know autocast
             h = h.to(torch.get_autocast_dtype(h.device.type))
         rows = h.flatten(0, 1)  # (B * L, d_in)
         # The pairs of token and expert, sorted by expert. Example: chosen = (0, 2), (2, 1), (0, 1).
@@ -442,7 +443,8 @@ class TaskMoE(nn.Module):
     The experts compute the token h (the paper's slides write E(m), its release computes E(h)). The
     task decides which of them do so: m is the mean of all tokens that h sees. A mean over the whole
     sequence would show the router the future, which AD has to predict. The router has no noise,
-    because InfoNCE trains all of its logits, those of experts that are not chosen as well.
+    because InfoNCE trains all of its logits, those of experts that are not chosen as well. Nothing
+    balances its experts: `task_experts` in log.csv tells whether it collapses to a few of them.
     """
 
     def __init__(self, c, hidden, d_out):
@@ -451,7 +453,8 @@ class TaskMoE(nn.Module):
         self.momentum = c.momentum
         self.router = nn.Linear(c.d_model, c.task_experts, bias=False)  # G_task
         self.experts = Experts(c.task_experts, c.d_model, hidden, d_out)
-        # A copy that follows the router slowly makes the keys, with which InfoNCE compares.
+        # A copy that follows the router slowly makes the keys, with which InfoNCE compares. It is
+        # as in the paper; MoCo needs it for a queue of old keys, and here there is no queue.
         self.key_router = copy.deepcopy(self.router).requires_grad_(False)
         self.W = nn.Parameter(torch.eye(c.task_experts))  # the bilinear score of InfoNCE
 
@@ -464,14 +467,14 @@ class TaskMoE(nn.Module):
         logits = self.router(m)  # (B, L, M)
         return Routing(self, m, logits, *top_k_gates(logits, self.top_k))
 
-    def contrast(self, routing, token, task_ids):
-        """InfoNCE (4) of the router's outputs at position `token` of the sequences in a batch.
+    def contrast(self, routing, position, task_ids):
+        """InfoNCE (4) of the router's outputs at one position of the sequences in a batch.
 
         Its gradient trains W, the router, and through m all that is below: attention, embeddings
         and earlier blocks. The keys have no gradient, and the key router only follows the router.
         """
-        keys = self.key_router(routing.inputs[:, token].detach())  # (B, M)
-        return info_nce(routing.logits[:, token], keys, self.W, task_ids)
+        keys = self.key_router(routing.inputs[:, position].detach())  # (B, M)
+        return info_nce(routing.logits[:, position], keys, self.W, task_ids)
 
     @torch.no_grad()
     def update_key_router(self):
@@ -494,7 +497,8 @@ def load_probability(clean, noisy, sigma, k):
     of the other experts are kept, and only i's own noise is drawn again. Expert i is then chosen if
     it is above the k-th largest of the others, the threshold (Shazeer et al. 2017, appendix A). If
     i is in the top k itself, the others below it move up by one without it, so that the threshold
-    is the (k + 1)-th largest of all. Otherwise it is the k-th largest of all.
+    is the (k + 1)-th largest of all. Otherwise it is the k-th largest of all. The gradient of Imp
+    moves weight between the chosen experts only, that of Load reaches the others, too.
 
     clean, noisy, sigma (..., M): logits without and with noise, and the deviation of the noise.
     Example: clean = noisy = (3, 2, 1), sigma = 1, k = 2. The thresholds are (1, 1, 2), the
@@ -516,10 +520,11 @@ def info_nce(z, k, W, task_ids):
     negatives are the B - 2 sequences of other tasks. If all outputs are the same, the loss is at
     the chance level log(B - 1): 3.43 in a batch of 32, 2.71 in one of 16.
 
-    The paper's reason: two sequences of a task share nothing but the task, and the information that
-    the router's output has of it is at least log(B - 1) - loss (van den Oord et al. 2018). So to
-    minimise the loss is to maximise this bound. It is proved for negatives from all tasks. Here, as
-    in the release, they are from other tasks only, so it holds approximately.
+    The paper's reason: two sequences of a task are drawn independently, so they share little but
+    the task, and the information that the router's output has of it is at least log(B - 1) - loss
+    (van den Oord et al. 2018). So to minimise the loss is to maximise this bound. It is proved for
+    negatives from all tasks. Here, as in the release, they are from other tasks only, so it holds
+    approximately.
     """
     similarity = z @ W @ k.T  # (B, B)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
@@ -655,10 +660,11 @@ class T2MIRLayer(nn.Module):
         """h (B, L, d) -> the outputs of the tokens h[:, skipped:], and a Routing for each MoE.
 
         By default, and in the release, this layer is in the last block. There nothing reads its
-        outputs at the context tokens, so its experts compute the queries only. The routers run on
-        all tokens, because two losses read what they say: the balance loss (2) trains the
-        token-wise routing of all tokens, and InfoNCE (4) the task-wise routing of the last context
-        token.
+        outputs at the context tokens, so in training its experts compute the queries only.
+
+        Three losses train the routers: L_action both of them, through the gates at the queries; the
+        balance loss (2) the token-wise one at all tokens, as in the release, whose experts compute
+        all tokens; and InfoNCE (4) the task-wise one at the last context token.
         """
         outputs = []
         routings = []
@@ -679,17 +685,17 @@ class Block(nn.Module):
     def __init__(self, c, index):
         super().__init__()
         d = c.d_model
-        named = index in [i % c.n_layers for i in c.moe_layers]
+        listed = index in [i % c.n_layers for i in c.moe_layers]
         self.last = index == c.n_layers - 1
         self.norm1 = nn.LayerNorm(d)
         self.attention = Attention(d, c.n_heads)
         self.norm2 = nn.LayerNorm(d)
         self.moe = None
-        if named and (c.token_moe or c.task_moe):
+        if listed and (c.token_moe or c.task_moe):
             self.moe = T2MIRLayer(c)
         else:
             width = 4 * d
-            if named:  # plain AD or DPT: the weights that a token uses in a T2MIR layer of top_k 2
+            if listed:  # plain AD or DPT: the weights that a token uses in a T2MIR layer of top_k 2
                 width = 6 * d
             first = nn.Linear(d, width, bias=False)
             self.mlp = nn.Sequential(first, nn.GELU(), nn.Linear(width, d, bias=False))
@@ -700,7 +706,7 @@ class Block(nn.Module):
         x = x + self.dropout(self.attention(self.norm1(x), sees, cache))
         h = self.norm2(x)
         skipped = 0
-        if self.last:
+        if self.last:  # nothing reads its outputs at tokens without a row
             skipped = x.shape[1] - sees.shape[1]
         routings = []
         if self.moe is not None:
@@ -782,8 +788,8 @@ class T2MIR(nn.Module):
     def embed_steps(self, steps):
         """Steps -> tokens s a r s a r ..., (B, 3 S, d).
 
-        The only position embedding is the time in the episode. The order of the episodes is known
-        through the causal mask alone: later tokens see more.
+        The biases of the three embeddings tell s, a and r apart. The only position embedding is the
+        time in the episode. A token knows its place among the episodes from how much it sees.
         """
         rewards = self.normalise(steps.rewards[..., None], self.reward_statistics)
         when = self.embed_time(steps.times)
@@ -808,7 +814,7 @@ class T2MIR(nn.Module):
         """A Batch -> the outputs at its queries, (B, Q, d), for the policy to read; Routings."""
         context = self.embed_steps(batch.context)
         queries = self.embed_states(batch.queries, batch.query_times)
-        sees = who_sees_what(context.shape[1], 3 * batch.seen)
+        sees = who_sees_what(context.shape[1], 3 * batch.seen)  # a step is three tokens
         return self.transform(torch.cat([context, queries], dim=1), sees)
 
     def forward(self, batch):
@@ -819,24 +825,25 @@ class T2MIR(nn.Module):
         """
         c = self.config
         x, routings = self.predict(batch)
-        token = [r for r in routings if isinstance(r.moe, TokenMoE)]
-        task = [r for r in routings if isinstance(r.moe, TaskMoE)]
+        of_token_moes = [r for r in routings if isinstance(r.moe, TokenMoE)]
+        of_task_moes = [r for r in routings if isinstance(r.moe, TaskMoE)]
         end = 3 * batch.context.rewards.shape[1] - 1  # the last token, which sees the whole context
 
         action = self.policy.loss(x, batch.targets)
-        importance = sum(cv_squared(r.importance()) for r in token)
-        load = sum(cv_squared(r.load.sum((0, 1))) for r in token)
+        importance = sum(cv_squared(r.importance()) for r in of_token_moes)
+        load = sum(cv_squared(r.load.sum((0, 1))) for r in of_token_moes)
         balance = c.w_imp * importance + c.w_load * load  # (2)
-        contrastive = sum(r.moe.contrast(r, end, batch.task_ids) for r in task)  # (4)
+        contrastive = sum(r.moe.contrast(r, end, batch.task_ids) for r in of_task_moes)  # (4)
         loss = action + balance + c.w_con * contrastive  # (6)
 
         log = {"loss": loss, "action": action}
         log["nll"] = self.policy.neg_log_prob(x, batch.targets).mean()  # as the held-out loss
-        if token:
+        if of_token_moes:
             log |= {"importance": importance, "load": load}
-            log["token_experts"] = token[-1].experts_used()
-        if task:
-            log |= {"contrastive": contrastive, "task_experts": task[-1].experts_used()}
+            log["token_experts"] = of_token_moes[-1].experts_used()
+        if of_task_moes:
+            log["contrastive"] = contrastive
+            log["task_experts"] = of_task_moes[-1].experts_used()
         return loss, {name: value.detach() for name, value in log.items()}
 
     def act(self, context, states, when, cache=None):
@@ -965,7 +972,9 @@ def ad_batch(c, x, step, size):
         n = K - 1
         running = x["own"][torch.randint(n, len(x["own"]), (size, 1))]
     else:
-        n = step % K  # in turn, because an agent that acts has no finished episodes at first
+        # An agent that acts has no finished episodes at first, later up to K - 1. All sequences of
+        # a batch have the same number, because they have one shape.
+        n = step % K
         running = draw_late_episodes(c, x, size)
     if not c.worse_episodes:
         finished = previous_episodes(x, running, n)
@@ -986,7 +995,7 @@ def ad_batch(c, x, step, size):
     if c.clean_targets:
         actions = x.get("learner_actions", actions)
     steps_per_episode = len(range(0, T, c.stride))
-    steps_before = (times + c.stride - 1) // c.stride  # in the query's own episode
+    steps_before = (times + c.stride - 1) // c.stride  # in its own episode: times / stride, upward
     return Batch(
         context=gather_steps(x, tasks, episodes, c.stride),
         queries=x["states"][query],
@@ -1008,10 +1017,10 @@ def draw_late_episodes(c, x, size):
     """A running episode of each sequence, (B, 1): one of the last min(40, E / 4).
 
     What is imitated there is good. But the actions of a good learner give its goal away, and the
-    model could copy them without a look at the rewards. So half of these episodes are guests'
-    (`guests`): in them the learner is told another task, for example a fast run in a slow one. Its
-    actions mislead, and only the rewards tell the task. The target is what the learner would do in
-    that state if it were told the right task.
+    model could copy them without a look at the rewards. Now the learner of our datasets is one
+    agent that is told the task, see collect.py. So half of these episodes are guests' (`guests`):
+    in them it was told another task, for example a fast run in a slow one. Its actions mislead, and
+    only the rewards tell the task. The target is what it would do in that state for the right task.
     """
     E = len(x["guest"])
     late = torch.arange(E) >= E - max(1, min(E // 4, 40))
@@ -1035,11 +1044,11 @@ def draw_worse_episodes(c, x, tasks, running, n):
     by_return = x["by_return"][tasks[:, 0]]  # (B, E)
     B, E = by_return.shape
     r = torch.rand(B, 1) * E
-    tier = (torch.arange(E) >= r).float()  # 0: one of the r worst, 1: better
+    tier = (torch.arange(E) >= r).float()  # 0: one of the r worst, 1: better, 2: not to be drawn
     tier[by_return == running] = 2
     if not c.guests or "learner_actions" not in x:
         tier[x["guest"][by_return]] = 2
-    key = tier + torch.rand(B, E)  # the lowest tier first, in random order within a tier
+    key = tier + torch.rand(B, E)  # the lowest tier comes first, in random order within a tier
     rank = key.topk(n, largest=False).indices.sort(dim=1).values
     return by_return.gather(1, rank)
 
@@ -1047,10 +1056,10 @@ def draw_worse_episodes(c, x, tasks, running, n):
 def dpt_batch(c, x, step, size):
     """Decision-Pretrained Transformer (Lee et al. 2023) predicts the expert's action in any state.
 
-    The context, here called the prompt, is K episodes of any quality, drawn at random, in the order
-    of their returns. The queries are states of other episodes. Each sees a random number of the
-    prompt's steps, so that the agent can act with little or much experience. A query has no time:
-    the expert's action does not depend on it. Only AD reads `step`.
+    The context, here called the prompt, is K episodes of any quality, drawn at random. If K > 1,
+    they are in the order of their returns. The queries are states of other episodes. Each sees a
+    random number of the prompt's steps, so that the agent can act with little or much experience. A
+    query has no time: the expert's action does not depend on it. Only AD reads `step`.
     """
     E, T = x["rewards"].shape[1:]
     tasks = two_sequences_of_each_task(x, size)
@@ -1189,7 +1198,7 @@ def evaluate(model, tasks, episodes, seed=0, context_of=own_context, use_cache=T
                 x = model.act(context, states.to(device), when, cache)
                 actions = model.policy.sample(x, not c.sample, rng).cpu()
                 require(actions.isfinite().all(), "the agent's actions are not finite")
-                history["actions"][:, episode, t] = actions  # first, as a robot may change them
+                history["actions"][:, episode, t] = actions  # before a robot writes into the array
                 observations, rewards, terminated, truncated, _ = env.step(actions.numpy())
                 history["rewards"][:, episode, t] = checked(rewards, (N,), "rewards")
                 check_end(np.logical_or(terminated, truncated), t + 1, T)
@@ -1440,6 +1449,7 @@ def fit(c, folder, saved, rank, processes, device):
 
         # Log. Reading a loss means waiting for the GPU, so it is done seldom.
         bar.update()
+        # A copy, because a compiled step writes its next outputs to the same place.
         recent.append({name: value.clone() for name, value in numbers.items()})
         done = step + 1
         evaluating = done % c.eval_every == 0 or done == c.steps
