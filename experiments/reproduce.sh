@@ -145,10 +145,20 @@ changes) # 90 minutes: each change of AD and DPT taken away, and the published f
         shift
         run "$name" $ad --eval-every 3000 --eval-episodes 30 "$@"
     done ;;
-stairs) # 210 minutes for `stairs dpt`, 14 hours for `stairs ad`: from the published agents to ours, change by change
+stairs) # 210 minutes for `stairs dpt`, 290 for `stairs ad`: from the published agents to ours, change by change
     data point_robot
     mode=${2:-dpt}
-    for command in choose measure draw; do python experiments/stairs.py $command --mode "$mode"; done ;;
+    if [ "$mode" = dpt ]; then
+        python experiments/stairs.py choose --mode dpt
+        python experiments/stairs.py measure --mode dpt
+    else
+        python experiments/stairs.py choose --mode ad --stair published "+ remember_best"
+        python experiments/stairs.py measure --mode ad --seeds 0 1 2
+    fi
+    python experiments/stairs.py draw --mode "$mode" ;;
+exercises) # 20 minutes: three seeds of each, with and without its patch
+    data point_robot
+    python experiments/exercises/answers.py ;;
 dial) # 160 minutes for `dial dpt 200`, four hours for `dial ad 200`: T2MIR minus dense where tasks conflict
     python experiments/dial.py --mode "${2:-dpt}" --train-tasks "${3:-200}"
     python experiments/dial.py --draw ;;

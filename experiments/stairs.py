@@ -11,7 +11,7 @@ each stair there is a T2MIR agent, and a dense one.
 `choose` tries the learning rates of GRID with seed 0, in 40 training tasks that it holds out for
 this. The rate of a stair is the one with the best mean score over all episodes. If it is the lowest
 or the highest of GRID, a better one may lie outside. A stair that was left out (`--stair`) takes
-the rate of one that has the same optimizer. Some changes affect acting only, and stairs
+the rate of the next one with the same optimizer that has rows, or else of the last one before it. Some changes affect acting only, and stairs
 with the same rate that differ only in these use one trained agent. `measure` trains with the chosen
 rates and several seeds, and acts in fresh tasks. Both add a row to the table for each stair, agent,
 rate and seed, and skip what the table has. `draw` makes a picture and prints the table with
@@ -160,13 +160,14 @@ def of_episode(row, column):
 def best_rate(rows, env, mode, name, agent):
     """The learning rate of an agent on the stair `name`, from the rows of `choose`.
 
-    They are the stair's own rows. If there are none, they are those of the first stair that has
-    rows and the same optimizer. Raises BadInput if a rate of GRID is missing.
+    They are the stair's own rows. If there are none, they are those of the next stair that has rows
+    and the same optimizer, or of the last one before. Raises BadInput if a rate of GRID is missing.
     """
     found = stairs(env, mode)
     optimizer = found[name]["optimizer"]
     alike = [other for other in found if found[other]["optimizer"] == optimizer]
-    for candidate in (name, *alike):
+    at = alike.index(name)
+    for candidate in (*alike[at:], *alike[:at][::-1]):
         wanted = {"env": env, "mode": mode, "stair": candidate, "agent": agent}
         wanted |= {"tasks": "validation"}
         score = {}

@@ -824,12 +824,13 @@ def test_best_learning_rate_of_a_stair(monkeypatch):
     assert best("published") == 1e-3
     assert best("+ policy") == 1e-2
     assert best("+ sample") == 1e-3
-    # Stairs without rows take the rate of the first one with the same optimizer.
+    # Stairs without rows take those of the next one with the same optimizer, or else of the last.
     assert best("without optimizer") == 1e-3
+    assert best("+ remember_best") == 1e-3
     with pytest.raises(BadInput, match="first choose"):
-        best("+ remember_best")  # of "+ optimizer", which lacks a rate
+        best("+ optimizer")  # its own rows, which lack a rate
     del rows[6]
-    assert best("+ remember_best") == 1e-2
+    assert best("+ optimizer") == 1e-2
 
 
 def test_worth_of_a_change(monkeypatch):
