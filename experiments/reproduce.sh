@@ -175,8 +175,11 @@ defaults) # 140 minutes: the default agents and their dense baselines, but for A
     done
     python experiments/figures.py $agents --out figures
     for env in point_robot cheetah_vel walker_param; do python experiments/watch.py "runs/$env-dpt-seed0"; done ;;
-gradients) # 2 minutes after `defaults` and `ad`
-    python experiments/gradients.py $(for a in dpt dpt-dense ad ad-dense; do runs point_robot-$a "0 1 2"; done) ;;
+gradients) # 10 minutes after `stairs dpt` and `stairs ad`: the agents with all changes; adds rows to figures/gradients.csv
+    agents=runs/stairs/point_robot
+    table="--csv figures/gradients.csv"
+    python experiments/gradients.py $agents-dpt-2000/*muon*gaussian/*-lr0.005-seed? $table
+    python experiments/gradients.py $agents-ad-2000/worse_episodes=True*late_episode=True*guests=True*muon*gaussian/*[0-9]-seed? $table ;;
 routing) # 5 minutes after `defaults`; adds rows to figures/routing.csv
     for agent in point_robot-dpt cheetah_vel-dpt cheetah_vel-ad; do
         for run in $(runs $agent "0 1 2"); do python experiments/routing.py "$run" --csv figures/routing.csv; done
